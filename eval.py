@@ -50,7 +50,7 @@ NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)"
 def normalise(text):
     """One spelling for one thing: Unicode forms, signs, LaTeX wrappers. -> str"""
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u03c0", "pi").replace("\u00d7", "*")
-    text = re.sub(r"<think>.*?</think>", " ", text, flags=re.S)
+    text = text.rpartition("</think>")[2]  # what a model thinks aloud before that is not its answer
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)", text)
     text = text.replace("^\\circ", "°").replace("^{\\circ}", "°").replace("\\circ", "°").replace("\\pi", "pi").replace("{,}", "")

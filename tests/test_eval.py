@@ -1,0 +1,93 @@
+"""The scorer's verdicts, the statistics and the files of the built-in benchmark."""
+import json
+
+import pytest
+
+import eval as evaluation
+from data_gen import LADDER
+from eval import interval, score_answer
+
+CASES = [  # reply, gold, kind, choices, verdict
+    ("90-30=60. †Answer: 60°", "60°", "free", None, True),
+    ("90-30=60. †Answer: 60", "60°", "free", None, True),
+    ("†Answer: 6", "60°", "free", None, False),
+    ("†Answer: 45pi", "45pi", "free", None, True),
+    ("†Answer: 45", "45pi", "free", None, False),
+    ("†Answer: 45π", "45pi", "free", None, True),
+    ("†Answer: 3. No. †Answer: 4", "4", "integer", None, True),
+    ("†Answer: 3. No. †Answer: 4", "3", "integer", None, False),
+    (r"so \boxed{12}", "12", "integer", None, True),
+    (r"\boxed{\frac{1}{2}}", "0.5", "free", None, True),
+    ("The answer is 1,200.", "1200", "integer", None, True),
+    ("3.9", "3", "integer", None, False),
+    ("†Answer: 1.25", "1.3", "float", None, False),
+    ("†Answer: 1.333", "1.33", "float", None, True),
+    ("†Answer: [1, 2]", "[1,2]", "list", None, True),
+    ("†Answer: [2, 1]", "[1,2]", "list", None, False),
+    ("That is B. †Answer: B", "B", "choice", ["1", "2", "3", "4"], True),
+    ("†Answer: (B)", "B", "choice", ["1", "2", "3", "4"], True),
+    ("†Answer: 2", "B", "choice", ["1", "2", "3", "4"], True),
+    ("†Answer: 22", "B", "choice", ["1", "2", "3", "4"], False),
+    ("†Answer: E", "B", "choice", ["1", "2", "3", "4"], False),
+    ("†Answer: B", "2", "choice_text", ["1", "2", "3", "4"], True),
+    ("答案是 7", "7", "integer", None, True),
+    ("", "7", "integer", None, False),
+    ("I cannot tell what the picture shows, sorry about that", "7", "integer", None, False),
+    ("†Answer:", "7", "integer", None, False),
+    ("†Answer: __import__('os').abort()", "7", "integer", None, False),
+    ("†Answer: 5/0", "5", "free", None, False),
+]
+
+
+@pytest.mark.parametrize("reply,gold,kind,choices,verdict", CASES)
+def test_verdicts(reply, gold, kind, choices, verdict):
+    assert score_answer(reply, gold, kind, choices).match is verdict
+
+
+def test_unparsed_is_told_from_wrong():
+    assert score_answer("", "7", "integer").extracted is None
+    assert score_answer("†Answer: 8", "7", "integer").extracted == "8"
+    with pytest.raises(ValueError, match="kind 'letters'"):
+        score_answer("", "7", "letters")
+
+
+def test_a_long_hostile_reply_is_quick():
+    import time
+    for text in ("(" * 100_000, "†Answer: " + "9" * 100_000, "answer is " * 10_000, "\\boxed{" * 14_000, "<think>" * 14_000, "\\frac{" * 16_000):
+        start = time.process_time()
+        assert not score_answer(text, "7", "free").match
+        assert time.process_time() - start < 1
+
+
+def test_every_generated_answer_scores_itself():
+    from data_gen import make_problem
+    for i in range(120):
+        p = make_problem("test", i)
+        assert score_answer(p["output"], p["answer"], p["kind"], p["choices"]).match, p["output"]
+        assert not score_answer(p["output"] + "9", p["answer"], p["kind"], p["choices"]).match
+
+
+def test_wilson_interval():
+    """Textbook value: 9 of 10 gives 59.6 % .. 98.2 %."""
+    assert interval(9, 10) == pytest.approx((59.6, 98.2), abs=.05)
+    assert interval(0, 10)[0] == pytest.approx(0, abs=1e-9) and interval(10, 10)[1] == pytest.approx(100)
+
+
+def test_numbers_of_the_table(tmp_path, monkeypatch):
+    """Replies are given, so every figure is known beforehand."""
+    rows = [{"image_url": "", "instruction": "", "answer": "7", "kind": "free", "choices": None, "version": v, "id": f"t{i}/{v}"}
+            for i in range(4) for v in LADDER]
+    right = {"text_only": 4, "text_dominant": 4, "text_lite": 3, "vision_intensive": 2, "vision_dominant": 1, "vision_only": 1}
+    replies = ["†Answer: 7" if int(r["id"][1]) < right[r["version"]] else ("" if r["version"] == "vision_only" else "†Answer: 8") for r in rows]
+    monkeypatch.setattr(evaluation, "load_vlm", lambda *a: (None, None))
+    monkeypatch.setattr(evaluation, "generate_replies", lambda *a: replies)
+    result = evaluation.evaluate(str(tmp_path), rows, evaluation.parse_args(["m"]))
+    assert result["versions"]["vision_only"] == {"correct": 1, "n": 4, "unparsed": 3}
+    assert result["all"] == pytest.approx((4 + 3 + 2 + 1 + 1) / 20)
+    assert result["gap"] == .75 and result["relative_gap"] == .75
+    assert json.load(open(tmp_path / "eval.json")) == result
+    assert len(open(tmp_path / "replies.jsonl").readlines()) == 24
+    text = evaluation.table({"a": result, "b": result})
+    assert "text_lite" in text and "75.0" in text and "3" in text.splitlines()[-1]
+    evaluation.draw_chart({"a": result, "b": result}, str(tmp_path / "c.png"))
+    assert (tmp_path / "c.png").stat().st_size > 1000

@@ -1,0 +1,210 @@
+"""The alignment loss against a float64 textbook formula, its limits, and its directions."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import stage2_kl_align
+from stage2_kl_align import kl_align_loss
+
+
+def textbook(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, n_vocab=None, n_total=None):
+    """Equations (1)-(4) as written, in the dtype of the inputs, full logits, no tricks."""
+    W = W[:n_vocab]
+    z_s, z_t = hs @ W.T, (ht @ W.T).detach()
+    scaled = lambda z: z / (tau * (z.std(-1, keepdim=True) + 1e-6) if standardize else tau)
+    log_q, log_p = scaled(z_s).log_softmax(-1), scaled(z_t).log_softmax(-1)
+    fkl = (log_p.exp() * (log_p - log_q)).sum()
+    rkl = (log_q.exp() * (log_q - log_p)).sum()
+    ce = F.cross_entropy(z_s, labels, reduction="sum", ignore_index=-100)
+    return (lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * ce) / (n_total or max(1, len(labels)))
+
+
+def example(N=37, H=32, V=101, scale=0.5, seed=0, pad=0):
+    g = torch.Generator().manual_seed(seed)
+    ht, noise = torch.randn(N, H, generator=g), torch.randn(N, H, generator=g)
+    labels = torch.randint(0, V, (N,), generator=g)
+    labels[::5] = -100
+    return (ht + scale * noise).requires_grad_(), ht, torch.randn(V + pad, H, generator=g) * 0.5, labels
+
+
+def error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+def run(hs, ht, W, labels, **setting):
+    loss, parts = kl_align_loss(hs, ht, W, labels, **setting)
+    return loss, parts, torch.autograd.grad(loss, hs)[0]
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("tau", [1, 2])
+@pytest.mark.parametrize("lam", [0, 0.1, 1])
+@pytest.mark.parametrize("alpha", [0, 0.2, 0.5, 1])
+def test_equals_the_textbook_in_float64(alpha, lam, tau, standardize):
+    hs, ht, W, labels = example(pad=5)
+    setting = dict(alpha=alpha, lam=lam, tau=tau, standardize=standardize, n_vocab=101)
+    loss, _, grad = run(hs, ht, W, labels, **setting)
+    hs64 = hs.detach().double().requires_grad_()
+    want = textbook(hs64, ht.double(), W.double(), labels, **setting)
+    assert error(loss.detach(), want.detach()) <= 1e-5
+    assert error(grad, torch.autograd.grad(want, hs64)[0]) <= 1e-5
+
+
+def test_the_reference_itself():
+    hs, ht, W, labels = (x.double() if x.is_floating_point() else x for x in example(N=3, H=4, V=5))
+    assert torch.autograd.gradcheck(lambda h: textbook(h, ht, W, labels, alpha=.3, lam=.6, tau=2, standardize=True), hs.detach().requires_grad_())
+
+
+def test_three_words_by_hand():
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): every number can be done on paper."""
+    log = lambda *p: torch.tensor([p]).log()
+    hs, ht, W = log(.25, .25, .5).requires_grad_(), log(.5, .25, .25), torch.eye(3)
+    loss, parts, grad = run(hs, ht, W, torch.tensor([0]), alpha=.25, lam=.5)
+    kl = .25 * math.log(2)  # both ways: 1/2 ln 2 + 1/4 ln 1 - 1/4 ln 2
+    assert parts["kl_teacher_student"].item() == pytest.approx(kl, rel=1e-5)
+    assert parts["kl_student_teacher"].item() == pytest.approx(kl, rel=1e-5)
+    assert parts["ce"].item() == pytest.approx(math.log(4), rel=1e-5)
+    assert loss.item() == pytest.approx(.5 * kl + .5 * math.log(4), rel=1e-5)
+    forward = [.25 - .5, 0, .5 - .25]  # q - p
+    reverse = [.25 * (-math.log(2) - kl), .25 * (0 - kl), .5 * (math.log(2) - kl)]  # q (ln q/p - RKL)
+    hard = [.25 - 1, .25, .5]
+    want = [.5 * (.25 * f + .75 * r) + .5 * h for f, r, h in zip(forward, reverse, hard)]
+    assert grad[0].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_directions_and_alpha_are_not_swapped():
+    """A teacher sure of one word, a student unsure of two: KL(teacher || student) is ln 2, the reverse is far larger."""
+    hs, ht, W = torch.tensor([[0., 0., -30.]]).requires_grad_(), torch.tensor([[0., -20., -30.]]), torch.eye(3)
+    _, parts, _ = run(hs, ht, W, torch.tensor([0]), alpha=1, lam=1)
+    assert parts["kl_teacher_student"].item() == pytest.approx(math.log(2), rel=1e-4)
+    assert parts["kl_student_teacher"].item() == pytest.approx(10 - math.log(2), rel=1e-4)
+    for alpha, name in ((1, "kl_teacher_student"), (0, "kl_student_teacher")):
+        assert run(hs, ht, W, torch.tensor([0]), alpha=alpha, lam=1)[0].item() == pytest.approx(parts[name].item())
+
+
+@pytest.mark.parametrize("scale", [1, .1, .03, .01, .003, .001])
+def test_bfloat16_gradient_keeps_its_accuracy_as_the_student_arrives(scale):
+    """KL from about 1 to 1e-6 nats. With two rounded logit matrices instead of T and D this grows beyond 100 %."""
+    torch.manual_seed(0)
+    W = (torch.randn(2000, 256) / 16 * 3).bfloat16()
+    ht = torch.randn(48, 256).bfloat16()
+    hs = (ht.float() + scale * torch.randn(48, 256)).bfloat16().float().requires_grad_()
+    labels = torch.full((48,), -100)
+    _, parts, grad = run(hs, ht, W, labels, alpha=.5, lam=1)
+    hs64 = hs.detach().double().requires_grad_()
+    want = torch.autograd.grad(textbook(hs64, ht.double(), W.double(), labels, alpha=.5, lam=1), hs64)[0]
+    assert error(grad, want) <= 4e-2, f"at KL {parts['kl_teacher_student']:.1e}"
+
+
+def test_equal_inputs_give_exactly_zero_kl():
+    hs, ht, W, labels = example()
+    _, parts, grad = run(ht.clone().requires_grad_(), ht, W, labels, alpha=.5, lam=1)
+    assert parts["kl_teacher_student"] == 0 and parts["kl_student_teacher"] == 0 and not grad.any()
+    same = ht.clone().requires_grad_()
+    _, _, grad = run(same, ht, W, labels, alpha=.5, lam=.3)
+    ce = F.cross_entropy(same @ W.T, labels, reduction="sum") * .7 / len(labels)
+    assert error(grad, torch.autograd.grad(ce, same)[0]) < 1e-5
+
+
+def test_huge_logits_and_a_one_hot_teacher_stay_finite():
+    hs, ht, W, labels = example()
+    loss, _, grad = run((hs * 3000).detach().requires_grad_(), ht * -3000, W, labels, alpha=.5, lam=.5)
+    assert loss.isfinite() and grad.isfinite().all()
+    V = 11
+    W, labels = torch.eye(V), torch.arange(V)
+    one_hot = torch.full((V, V), -1e4).fill_diagonal_(1e4)
+    student = torch.randn(V, V).requires_grad_()
+    _, parts, _ = run(student, one_hot, W, labels, alpha=1, lam=1)
+    assert parts["kl_teacher_student"].item() == pytest.approx(parts["ce"].item(), rel=1e-5)
+
+
+def test_a_constant_added_to_all_logits_of_one_side_changes_nothing():
+    hs, ht, W, labels = example()
+    W = torch.cat([W, torch.ones(len(W), 1)], 1)  # one more hidden unit that shifts every logit
+    pad = lambda h, shift: torch.cat([h.detach(), torch.full((len(h), 1), shift)], 1).requires_grad_()
+    a, b = (run(pad(hs, s), pad(ht, 0.), W, labels, alpha=.3, lam=.5)[0] for s in (0., 20.))
+    assert error(b.detach(), a.detach()) < 1e-5
+
+
+def test_padding_rows_of_the_vocabulary_do_not_exist():
+    hs, ht, W, labels = example(pad=7)
+    W[101:] = float("nan")
+    loss, _, grad = run(hs, ht, W, labels, alpha=.5, lam=.5, n_vocab=101, standardize=True)
+    clean, _, clean_grad = run(hs, ht, W[:101].clone(), labels, alpha=.5, lam=.5, standardize=True)
+    assert torch.equal(loss, clean) and torch.equal(grad, clean_grad)
+    W = W.nan_to_num(0).requires_grad_()
+    dW = torch.autograd.grad(kl_align_loss(hs, ht, W, labels, alpha=.5, lam=.5, n_vocab=101)[0], W)[0]
+    assert not dW[101:].any() and dW[:101].any()
+
+
+@pytest.mark.parametrize("N,V", [(0, 101), (1, 101), (5, 3), (4, 152_064)])
+def test_odd_shapes(N, V):
+    hs, ht, W, labels = example(N=N, V=V, H=8)
+    loss, _, grad = run(hs, ht, W, labels, alpha=.5, lam=.5)
+    if N == 0:
+        assert loss == 0 and grad.shape == (0, 8)
+    else:
+        hs64 = hs.detach().double().requires_grad_()
+        want = textbook(hs64, ht.double(), W.double(), labels, alpha=.5, lam=.5)
+        assert error(loss.detach(), want.detach()) < 1e-5 and error(grad, torch.autograd.grad(want, hs64)[0]) < 1e-5
+
+
+def test_rows_without_a_label_still_have_their_kl():
+    hs, ht, W, labels = example()
+    _, parts, grad = run(hs, ht, W, torch.full_like(labels, -100), alpha=.5, lam=.5)
+    assert parts["ce"] == 0 and parts["kl_teacher_student"] > 0 and grad.isfinite().all()
+
+
+def test_chunks_scaling_accumulation_and_repetition(monkeypatch):
+    hs, ht, W, labels = example()
+    setting = dict(alpha=.3, lam=.4, tau=2., standardize=True)
+    loss, _, grad = run(hs, ht, W, labels, **setting)
+    again = run(hs, ht, W, labels, **setting)
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[2])  # bitwise
+    tripled = torch.autograd.grad(3 * kl_align_loss(hs, ht, W, labels, **setting)[0], hs)[0]
+    assert torch.allclose(tripled, 3 * grad, rtol=1e-6)
+    halves = [torch.autograd.grad(kl_align_loss(hs[c], ht[c], W, labels[c], n_total=37, **setting)[0], hs)[0] for c in (slice(0, 20), slice(20, 37))]
+    assert torch.allclose(sum(halves), grad, rtol=1e-5, atol=1e-9)
+    monkeypatch.setattr(stage2_kl_align, "CHUNK_ELEMENTS", 1)  # one row at a time
+    row_wise = run(hs, ht, W, labels, **setting)
+    assert error(row_wise[0].detach(), loss.detach()) < 1e-6 and error(row_wise[2], grad) < 1e-6
+    with torch.no_grad():
+        assert error(kl_align_loss(hs, ht, W, labels, **setting)[0], loss.detach()) < 1e-6
+
+
+def test_trainable_head():
+    """When lm_head learns too, its gradient is the student's alone: the teacher is a constant."""
+    for standardize in (False, True):
+        hs, ht, W, labels = example()
+        W.requires_grad_()
+        loss, _ = kl_align_loss(hs, ht, W, labels, alpha=.3, lam=.5, standardize=standardize)
+        hs64, W64 = hs.detach().double().requires_grad_(), W.detach().double().requires_grad_()
+        want = textbook(hs64, ht.double(), W64, labels, alpha=.3, lam=.5, standardize=standardize)
+        for got, expected in zip(torch.autograd.grad(loss, (hs, W)), torch.autograd.grad(want, (hs64, W64))):
+            assert error(got, expected) < 1e-5
+
+
+def test_the_covariance_is_computed_again_when_the_head_changes():
+    hs, ht, W, labels = example()
+    first = run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)[0]
+    W.mul_(3)  # in place: same storage, new content. Standardized logits do not depend on the scale of W
+    assert error(run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)[0].detach(), first.detach()) < 1e-5
+
+
+def test_autocast_and_float32_agree_to_bfloat16_precision():
+    hs, ht, W, labels = example()
+    loss, _, grad = run(hs, ht, W, labels, alpha=.5, lam=.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _, rounded_grad = run(hs, ht, W, labels, alpha=.5, lam=.5)
+    assert rounded.dtype == torch.float32 and error(rounded.detach(), loss.detach()) < 2e-2 and error(rounded_grad, grad) < 2e-2
+
+
+@pytest.mark.parametrize("change", [dict(alpha=2), dict(lam=-1), dict(tau=0), dict(n_vocab=0), dict(n_vocab=999), dict(kernel="no")])
+def test_bad_settings_are_refused(change):
+    hs, ht, W, labels = example()
+    with pytest.raises(ValueError):
+        kl_align_loss(hs, ht, W, labels, **dict(alpha=.5, lam=.5) | change)
+    with pytest.raises(ValueError):
+        kl_align_loss(hs, ht[:-1], W, labels, alpha=.5, lam=.5)
