@@ -69,8 +69,8 @@ def test_every_generated_answer_scores_itself():
 
 def test_wilson_interval():
     """Textbook value: 9 of 10 gives 59.6 % .. 98.2 %."""
-    assert interval(9, 10) == pytest.approx((59.6, 98.2), abs=.05)
-    assert interval(0, 10)[0] == pytest.approx(0, abs=1e-9) and interval(10, 10)[1] == pytest.approx(100)
+    assert interval({"correct": 9, "n": 10}) == pytest.approx((.596, .982), abs=5e-4)
+    assert interval({"correct": 0, "n": 10})[0] == 0 and interval({"correct": 10, "n": 10})[1] == 1
 
 
 def test_numbers_of_the_table(tmp_path, monkeypatch):

@@ -43,6 +43,13 @@ def weights(out):
     return load_file(os.path.join(model.newest_checkpoint(str(out)), "model.safetensors"))
 
 
+def distance(a, b):
+    """||a - b|| / ||b|| over all parameters. Not the largest difference: where a gradient is pure rounding noise, Adam turns it
+    into a step of up to lr either way."""
+    norm = lambda pairs: sum(((x.double() - y) ** 2).sum().item() for x, y in pairs) ** 0.5
+    return norm((a[k], b[k].double()) for k in b) / norm((b[k], 0.0) for k in b)
+
+
 def source(stage):
     with open(STAGES[stage].__file__, encoding="utf-8") as f:
         return f.read()
@@ -71,7 +78,7 @@ def test_only_what_should_learn_learns(stage, data, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_accumulation_does_not_change_the_result(stage, data, tmp_path):
     whole, parts = train(stage, data, tmp_path / "a", micro_batch=4), train(stage, data, tmp_path / "b", micro_batch=1)
-    assert max((whole[k] - parts[k]).abs().max().item() for k in whole) < 2e-5
+    assert distance(parts, whole) < 1e-6
 
 
 def test_two_processes_do_what_one_does(data, tmp_path):
@@ -83,8 +90,7 @@ def test_two_processes_do_what_one_does(data, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         two = weights(tmp_path / f"two{stage}")
-        moved = max((one[k] - v.float()).abs().max().item() for k, v in load_file(os.path.join(TINY, "model.safetensors")).items())
-        assert moved > 1e-4 and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-6 + 1e-2 * moved
+        assert distance(two, one) < 1e-6 < 1e-4 < distance(load_file(os.path.join(TINY, "model.safetensors")), one)
         logged = [[json.loads(line)["loss"] for line in open(tmp_path / f"{w}{stage}" / "metrics.jsonl")] for w in ("one", "two")]
         assert logged[0] == pytest.approx(logged[1], rel=1e-6)
 
@@ -179,7 +185,7 @@ def test_show_adds_up_to_what_training_logs(data, tmp_path, capsys):
     args = stage2_kl_align.make_parser().parse_args(["--batch", "1"])
     first, = stage2_kl_align.rows_of_step(0, 72, args)
     stage2_kl_align.main(["--init", TINY, "--data", data, "--show", str(first)])
-    mean, whole = re.search(r"-> loss (\S+) \(all rows at once, as in training: (\S+)\)", capsys.readouterr().out).groups()
+    mean, whole = re.search(r"-> loss (\S+); all at once, as in training: (\S+)", capsys.readouterr().out).groups()
     train(2, data, tmp_path / "out", steps=1, batch=1, micro_batch=1)
     logged = json.loads(open(tmp_path / "out" / "metrics.jsonl").read())["loss"]
     assert float(mean) == pytest.approx(logged, abs=2e-4) and float(whole) == pytest.approx(logged, abs=1e-4)

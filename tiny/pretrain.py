@@ -10,8 +10,9 @@ They have NEVER been shown the solution of a problem together with its picture: 
 Two phases:
   dense   the encoder alone: which two characters stand in each patch (it has to see before anything else pays off)
   joint   everything, on two batches a step (weights in MIX):
-          pictures    read the numeric labels, read the question, compute with numbers found in a random picture
-          text        the same computing with the numbers in the text, plain arithmetic, textual problems
+          pictures    read the numeric labels, read the question, compute with numbers found in a random picture, solve a
+                      textual problem with a random picture beside it (a picture must not make it forget the text)
+          text        the same computing with the numbers in the text, plain arithmetic, picking an option, textual problems
 """
 import argparse
 import math
@@ -32,7 +33,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from data_gen import COLS, DEFAULT_SIZE, QUESTION_ROWS, ROWS, SINK, draw_problem, make_problem, place, text_of, write  # noqa: E402
 from model import IGNORE, IMAGE_TOKEN, Batch, build, collate, encode_example, save_vlm  # noqa: E402
 
-MIX_PICTURES, MIX_TEXT = {"labels": .35, "question": .25, "compute": .4}, {"compute": .25, "arithmetic": .25, "problem": .5}
+MIX_PICTURES = {"labels": .35, "question": .15, "compute": .35, "aside": .15}
+MIX_TEXT = {"problem": .45, "arithmetic": .25, "compute": .15, "choose": .15}
 PATCH = 12  # two cells of 6 x 12 pixels: every patch holds exactly two characters
 CHARS = [chr(c) for c in range(33, 127)] + ["°"]
 
@@ -42,10 +44,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--out", default=os.path.dirname(os.path.abspath(__file__)), help="folder to write")
     add("--steps", type=int, default=200, help="steps of the dense phase")
-    add("--joint", type=int, default=5000, help="steps of the joint phase")
+    add("--joint", type=int, default=3300, help="steps of the joint phase")
     add("--pool", type=int, default=12000, help="pictures of problems, and as many random ones, drawn beforehand")
     add("--batch", type=int, default=32, help="rows in each of the two batches of a step")
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate of the joint phase")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of the joint phase")
     add("--seed", type=int, default=0)
     add("--init", default=None, help="folder to continue from (skips the dense phase)")
     return parser.parse_args(argv)
@@ -112,6 +114,14 @@ def computing(r):
     return labels, asked, answer
 
 
+def choosing(r):
+    """Which of four options is it -> (prompt, answer)."""
+    unit, first = r.choice(["", "°", "pi"]), number(r)
+    values = r.sample(range(max(1, first - 12), first + 12), 4)
+    k = r.randrange(4)
+    return " ".join(f"{c}.{v}{unit}" for c, v in zip("ABCD", values)) + f" Which is {values[k]}?", f"{values[k]}. That is {'ABCD'[k]}."
+
+
 def random_picture(labels, r):
     """Labels at random free places among random strokes; no problem looks like this. -> (image, {cell: character})"""
     image = Image.new("L", (DEFAULT_SIZE, DEFAULT_SIZE), 255)
@@ -126,7 +136,10 @@ def random_picture(labels, r):
     free = ["".join("." if v == 255 else "#" for v in ink[w * COLS:(w + 1) * COLS]) for w in range(ROWS)]
     at = {}
     for text in labels:
-        col, row = place(free, text, r.uniform(0, 18), r.uniform(6, 18))
+        try:
+            col, row = place(free, text, r.uniform(0, 18), r.uniform(6, 18))
+        except ValueError:  # too many strokes: draw others
+            return random_picture(labels, r)
         write(draw, text, col, row, DEFAULT_SIZE)
         at |= {(col + k, row): c for k, c in enumerate(text)}
     return image, at
@@ -158,30 +171,29 @@ def make_pool(n, seed):
     return problems, others
 
 
-def picture_rows(pool, r, n):
+def picture_rows(pool, task, r, n):
+    """n rows (picture, cell classes, instruction, output) of one task; one task a batch, so little of it is padding."""
     problems, others = pool
-    rows = []
-    for task in r.choices(list(MIX_PICTURES), list(MIX_PICTURES.values()), k=n):
-        while True:
-            entry = r.choice(others if task == "compute" else problems)
-            if task in entry[2]:
-                break
-        rows.append((*entry[:2], *entry[2][task]))
-    return rows
+    if task == "aside":
+        some = [make_problem("train", r.randrange(10 ** 6), 1) for _ in range(n)]
+        return [(*r.choice(others)[:2], text_of(p, "text_only"), p["output"]) for p in some]
+    fitting = [entry for entry in (others if task == "compute" else problems) if task in entry[2]]
+    return [(*entry[:2], *entry[2][task]) for entry in r.choices(fitting, k=n)]
 
 
-def text_rows(r, n, seed):
+def text_rows(task, r, n):
+    """n rows (instruction, output) of one task."""
+    if task == "problem":
+        some = [make_problem("train", r.randrange(10 ** 6), 1) for _ in range(n)]
+        return [(text_of(p, "text_only"), p["output"]) for p in some]
+    if task == "choose":
+        return [choosing(r) for _ in range(n)]
+    if task == "compute":
+        return [(", ".join(labels) + ". " + asked, answer) for labels, asked, answer in (computing(r) for _ in range(n))]
     rows = []
-    for task in r.choices(list(MIX_TEXT), list(MIX_TEXT.values()), k=n):
-        if task == "arithmetic":
-            sums = [arithmetic(r) for _ in range(3)]  # three in a row: more answer tokens for the same sequence
-            rows.append((sums[0][0], f"{sums[0][1]}. " + " ".join(f"{a}{b}." for a, b in sums[1:])))
-        elif task == "compute":
-            labels, asked, answer = computing(r)
-            rows.append((", ".join(labels) + ". " + asked, answer))
-        else:
-            p = make_problem("train", r.randrange(10 ** 6), seed + 1)
-            rows.append((text_of(p, "text_only"), p["output"]))
+    for _ in range(n):
+        sums = [arithmetic(r) for _ in range(3)]  # three in a row: more answer tokens for the same sequence
+        rows.append((sums[0][0], f"{sums[0][1]}. " + " ".join(f"{a}{b}." for a, b in sums[1:])))
     return rows
 
 
@@ -241,19 +253,22 @@ def main(argv=None):
         recall = (logits.argmax(-1) == cells)[written].float().mean()
         return (each[written].mean() + each[~written].mean()) / 2, recall
 
-    def run(name, steps, lr, parameters, loss_of):
-        decay = [p for p in parameters if p.ndim > 1]
-        optimizer = torch.optim.AdamW([{"params": decay}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0}],
-                                      lr=lr, betas=(.9, .98), weight_decay=.05, fused=True)
+    def run(name, steps, lr, named, loss_of):
+        hidden = [p for n, p in named if p.ndim == 2 and "embed" not in n]  # Muon (torch.optim) for matrices between layers,
+        rest = [p for n, p in named if not (p.ndim == 2 and "embed" not in n)]  # AdamW for embeddings, norms and biases
+        parameters = hidden + rest
+        optimizers = (torch.optim.Muon(hidden, lr=lr, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=0, fused=True))
         seen, begun = [], time.time()
         for step in range(steps):
-            for group in optimizer.param_groups:
+            for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = lr * min((step + 1) / min(100, steps), .02 + .98 * .5 * (1 + math.cos(math.pi * step / steps)))
             loss, logged = loss_of()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             seen.append([x.item() for x in logged])
             if (step + 1) % 100 == 0 or step + 1 == steps:
                 mean = np.mean(seen[-100:], axis=0)
@@ -262,20 +277,21 @@ def main(argv=None):
                 save_vlm(args.out, vlm, tokenizer, torch.bfloat16)  # half the size in the repository
 
     def dense():
-        rows = picture_rows(pool, r, 2 * args.batch)
+        rows = picture_rows(pool, r.choice(["labels", "compute"]), r, 2 * args.batch)
         pixels = torch.stack([torch.from_numpy(row[0].astype(np.float32) / 127.5 - 1).expand(3, -1, -1) for row in rows])
         loss, recall = read_loss(vlm.vision_model(pixel_values=pixels).last_hidden_state, torch.from_numpy(np.stack([row[1] for row in rows])))
         return loss, (loss, recall)
 
     def joint():
-        pictures = answer_loss(vlm, to_batch(tokenizer, picture_rows(pool, r, args.batch), P))
-        text = answer_loss(vlm, to_batch(tokenizer, text_rows(r, args.batch, args.seed), P))
+        draw = lambda mix: r.choices(list(mix), list(mix.values()))[0]
+        pictures = answer_loss(vlm, to_batch(tokenizer, picture_rows(pool, draw(MIX_PICTURES), r, args.batch), P))
+        text = answer_loss(vlm, to_batch(tokenizer, text_rows(draw(MIX_TEXT), r, args.batch), P))
         return pictures + text, (pictures, text)
 
     vlm.train()
     if not args.init:
-        run("dense", args.steps, 2e-3, [*vlm.vision_model.parameters(), *reader.parameters()], dense)
-    run("joint", args.joint, args.lr, list(vlm.parameters()), joint)
+        run("dense", args.steps, 2e-3, [*vlm.vision_model.named_parameters(), *reader.named_parameters()], dense)
+    run("joint", args.joint, args.lr, list(vlm.named_parameters()), joint)
     print(f"wrote {args.out}, {time.time() - start:.0f} s")
 
 

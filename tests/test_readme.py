@@ -1,0 +1,76 @@
+"""What the README says is true: its commands, line counts, pasted outputs and numbers."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import data_gen
+import eval as evaluation
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BUDGET = {"data_gen.py": 420, "model.py": 450, "stage1_text_sft.py": 280, "stage2_kl_align.py": 540, "stage3_mm_instruct.py": 290, "eval.py": 450}
+
+
+def read(name):
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+        return f.read()
+
+
+def between(mark):
+    return re.search(rf"<!-- {mark} -->\n```\w*\n(.*?)\n```\n<!-- /{mark} -->", read("README.md"), re.S)[1]
+
+
+def test_line_counts_are_true_and_within_budget():
+    for name, limit in BUDGET.items():
+        lines = read(name).count("\n")
+        assert f"| `{name}` | {lines} |" in read("README.md"), f"{name} has {lines} lines"
+        assert lines <= limit, f"{name} has {lines} lines, its budget is {limit}"
+        assert max(map(len, read(name).splitlines())) <= 120, name
+
+
+def test_ci_runs_the_readme_command():
+    readme, command = read("README.md").splitlines(), between("tests")
+    assert command.startswith("python3 -m venv") and command.endswith("python -m pytest -q tests")
+    assert readme.index(command) < 30 + 12 and "torchrun stage2_kl_align.py" in "\n".join(readme[:30])
+    done = subprocess.run(["bash", "-c", read(".ci/run").replace('bash -c "$command"', "exit 0"), os.path.join(ROOT, ".ci", "run")],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == f"+ {command}", done.stderr
+
+
+def test_the_pasted_ladder_is_what_show_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data_gen.main(["--show", "0"])
+    assert capsys.readouterr().out.strip() == between("show data").strip()
+    assert os.path.exists("data_show_0.png")
+
+
+def test_result_tables_come_from_the_stored_runs():
+    """Every figure of the multi-seed table is recomputed from tests/results/ablation.json."""
+    with open(os.path.join(ROOT, "tests", "results", "ablation.json")) as f:
+        runs = json.load(f)["runs"]
+    assert len(runs) >= 3
+    readme = read("README.md")
+    names = re.findall(r"^\| `(\w+)` \|(.*)\|$", readme[readme.index("<!-- ablation -->"):readme.index("<!-- /ablation -->")], re.M)
+    assert {"stage1", "stage2", "stage3", "ce_only", "alpha0", "alpha1", "neighbours"} <= {n for n, _ in names}
+    for name, cells in names:
+        for cell, v in zip(cells.split("|"), [*data_gen.LADDER, "all", "relative_gap"]):
+            some = [r[name]["versions"][v]["correct"] / r[name]["versions"][v]["n"] if v in data_gen.LADDER else r[name][v] for r in runs.values()]
+            want = f"{sum(some) / len(some):.2f}" if v == "relative_gap" else f"{100 * sum(some) / len(some):.1f}"
+            assert re.match(r"\s*\**([\d.]+)", cell)[1] == want, (name, v)
+
+
+@pytest.mark.parametrize("script", list(BUDGET))
+def test_help_of_every_script(script):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--" in done.stdout
+
+
+def test_files_of_the_card_and_no_machine_paths():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    top = {name.split("/")[0] for name in tracked}
+    allowed = {*BUDGET, "tests", "requirements.txt", "README.md", "tiny", "assets", ".ci", ".gitignore", "LICENSE"}
+    assert not tracked or top <= allowed, top - allowed
+    assert evaluation.IMAGE_VERSIONS == [v for v in data_gen.LADDER if v != "text_only"]
