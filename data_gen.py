@@ -72,8 +72,7 @@ PAIRS = {  # (strong, weak): the teacher reads the first, the student the second
     "neighbours": list(zip(PYRAMID, PYRAMID[1:])),  # each level is pulled to the one above, as in the paper
     "top": [(PYRAMID[0], weak) for weak in PYRAMID[1:]],  # each level is pulled to the text
 }
-# Pictures are laid out in character cells, like a terminal, whatever their size in pixels: labels cannot
-# overlap, and a 12-pixel patch of the tiny encoder holds exactly two cells.
+# Pictures are laid out in character cells, like a terminal, at any size: labels cannot overlap.
 COLS, ROWS, QUESTION_ROWS = 18, 9, 3  # the question may fill rows 0-2; the figure owns rows 3-8
 DEFAULT_SIZE = 108  # pixels: a cell is then 6 x 12, which Pillow's built-in bitmap font fills exactly
 

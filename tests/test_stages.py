@@ -40,7 +40,8 @@ def train(stage, data, out, **more):
 
 
 def weights(out):
-    return load_file(os.path.join(model.newest_checkpoint(str(out)), "model.safetensors"))
+    tensors = load_file(os.path.join(model.newest_checkpoint(str(out)), "model.safetensors"))
+    return {name: t.clone() for name, t in tensors.items()}  # not the memory-mapped file: some tests damage it
 
 
 def distance(a, b):
@@ -64,7 +65,7 @@ def test_stage3_is_stage1_with_a_small_diff():
     one, three = source(1).splitlines(), source(3).splitlines()
     import difflib
     changed = [line for line in difflib.ndiff(one, three) if line.startswith("+ ")]
-    assert len(changed) <= 40
+    assert 0 < len(changed) <= 40
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -77,17 +78,17 @@ def test_only_what_should_learn_learns(stage, data, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_accumulation_does_not_change_the_result(stage, data, tmp_path):
-    whole, parts = train(stage, data, tmp_path / "a", micro_batch=4), train(stage, data, tmp_path / "b", micro_batch=1)
+    whole, parts = (train(stage, data, tmp_path / f"{m}", micro_batch=m, lr=1e-4) for m in (4, 1))
     assert distance(parts, whole) < 1e-6
 
 
 def test_two_processes_do_what_one_does(data, tmp_path):
     """fp32, gloo, through torchrun, first step's update compared; text-only and picture rows fall on different processes."""
     for stage in (2, 3):
-        one = train(stage, data, tmp_path / f"one{stage}", micro_batch=4, steps=2, clip=0.5)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_endpoint=localhost:0",
-                   STAGES[stage].__file__, *flags(stage, data, str(tmp_path / f"two{stage}"), micro_batch=1, steps=2, clip=0.5)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        one = train(stage, data, tmp_path / f"one{stage}", micro_batch=4, steps=2, clip=0.5, lr=1e-4)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                   STAGES[stage].__file__, *flags(stage, data, str(tmp_path / f"two{stage}"), micro_batch=1, steps=2, clip=0.5, lr=1e-4)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]
         two = weights(tmp_path / f"two{stage}")
         assert distance(two, one) < 1e-6 < 1e-4 < distance(load_file(os.path.join(TINY, "model.safetensors")), one)
@@ -176,7 +177,7 @@ def test_pairs_must_share_their_answer(data, tmp_path):
     lines = path.read_text().splitlines()
     lines[2] = json.dumps(json.loads(lines[2]) | {"output_2": "7"})
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(SystemExit, match="stage2_top.jsonl:3: the two answers"):
+    with pytest.raises(SystemExit, match="stage2_top.jsonl:3: the answers of a pair differ"):
         train(2, str(tmp_path / "d"), tmp_path / "out")
 
 
