@@ -33,15 +33,18 @@ def parse_args(argv=None):
     add("models", nargs="+", help="model folders, or run folders with step-N checkpoints in them")
     add("--data", default="data", help="folder of data_gen.py")
     add("--limit", type=int, default=None, help="use only the first so many test problems")
-    add("--batch_size", type=int, default=100, help="prompts decoded at once; the replies do not depend on it")
+    add("--batch_size", type=int, default=100,
+        help="prompts decoded at once; the replies do not depend on it")
     add("--max_new_tokens", type=int, default=96, help="cut a reply here (the longest solution has about 55)")
     add("--chart", default="out/accuracy.png", help="bar chart to write")
-    add("--show", type=int, default=None, metavar="I", help="print test problem I and the first model's replies")
+    add("--show", type=int, default=None, metavar="I",
+        help="print test problem I and the first model's replies")
     return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The scorer.  A reply is text that is searched and compared, never run, and whatever it says takes linear time.
+# The scorer.  A reply is text that is searched and compared, never run, and whatever it says takes linear
+# time.
 # --------------------------------------------------------------------------------------------------------------
 KINDS = ("choice", "choice_text", "integer", "float", "list", "free")
 Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text that was marked; why that text

@@ -83,8 +83,8 @@ class VLM(nn.Module):
         if images == 0:
             if not (self.training and torch.is_grad_enabled() and self.projector.up.weight.requires_grad):
                 return x
-            # This process has no picture now, another one may: DDP waits on every process for a gradient of every
-            # trainable parameter.  So a blank picture goes through, and none of its features is used.
+            # This process has no picture now, another one may: DDP waits on every process for a gradient of
+            # every trainable parameter.  So a blank picture goes through, and none of its features is used.
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         features = self.projector(self.vision_model(pixel_values=pixel_values).last_hidden_state)  # (I, P, H)
         return x.masked_scatter(here[..., None], features[:images].to(x.dtype))  # row-major = order of appearance
@@ -163,8 +163,8 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
     target = plain(row[f"output{suffix}"]) + [tokenizer.eos_token_id] if answer else []
     if len(prompt) + bool(target) > max_length:
         raise ValueError(f"row {row.get('id', '?')}: its prompt has {len(prompt)} tokens, --max_length is {max_length}")
-    # The shift: position t predicts token t + 1.  So the last prompt position has the first answer token as its label,
-    # and the last position, which would predict what follows <eos>, has none.
+    # The shift: position t predicts token t + 1.  So the last prompt position has the first answer token as
+    # its label, and the last position, which would predict what follows <eos>, has none.
     labels = [IGNORE] * (len(prompt) - 1) + target + [IGNORE] if answer else [IGNORE] * len(prompt)
     pixels = load_image(os.path.join(root, picture), size) if picture else None
     return (prompt + target)[:max_length], labels[:max_length], pixels
@@ -271,9 +271,9 @@ def load_vlm(folder, device="cpu"):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Checkpoints: out/step-N is complete or absent.  All files go into a temporary folder, the last one is manifest.json
-# with sizes and SHA-256 (safetensors has no checksum of its own: a flipped bit loads silently), then the folder gets
-# its name.  Without a manifest that holds there is no checkpoint.
+# Checkpoints: out/step-N is complete or absent.  All files go into a temporary folder, the last one is
+# manifest.json with sizes and SHA-256 (safetensors has no checksum of its own: a flipped bit loads silently),
+# then the folder gets its name.  Without a manifest that holds there is no checkpoint.
 # --------------------------------------------------------------------------------------------------------------
 def sha256(path):
     with open(path, "rb") as f:

@@ -1,15 +1,16 @@
 """Stage 2: progressive upward multimodal alignment, the method of Math-PUMA (arXiv 2408.08640).
 
-    torchrun stage2_kl_align.py                         # makes data, runs stage 1, aligns, compares: @T2@ on 2 CPU cores
-    torchrun --nproc_per_node 8 stage2_kl_align.py      # 8 processes: same batches, same parameters afterwards
-    python stage2_kl_align.py --show 1                  # one pair, token by token: what the loss sees and what it sums to
+    torchrun stage2_kl_align.py                       # makes data, runs stage 1, aligns, compares; @T2@
+    torchrun --nproc_per_node 8 stage2_kl_align.py    # 8 processes: same batches, same parameters afterwards
+    python stage2_kl_align.py --show 1                # one pair, token by token, as the loss sees it
 
-Every row is a pair: one problem text-rich (strong) and vision-rich (weak), with one answer.  The strong form runs without
-gradient; the weak form's next-token distribution is pulled up to it at every answer token.  The language model is frozen:
-it is the vision encoder and the projector that learn to say with pixels what the text would have said.
+Every row is a pair: one problem text-rich (strong) and vision-rich (weak), with one answer.  The strong form
+runs without gradient; the weak form's next-token distribution is pulled up to it at every answer token.  The
+language model is frozen: it is the vision encoder and the projector that learn to say with pixels what the text
+would have said.
 
-Differs from the paper in: the model and the data; four rungs of data_gen.py's ladder instead of the paper's levels; every
-level is pulled to the text (--pairs top), not to its neighbour, and --lam is 0.5: both measured, see the README.
+Differs from the paper in: the model and the data; four rungs of data_gen.py's ladder instead of the paper's
+levels; every level is pulled to the text (--pairs top), not to its neighbour; --lam is 0.5.
 Differs from the released code in: the README's section "Paper, released code, this code".
 """
 import argparse
@@ -31,49 +32,64 @@ from tqdm import tqdm
 import data_gen
 import eval as evaluation
 import stage1_text_sft
-from model import IGNORE, load_vlm, make_batch, newest_checkpoint, peak_gigabytes, read_rows, save_checkpoint, sha256
-from model import start_or_resume
+from model import (IGNORE, load_vlm, make_batch, newest_checkpoint, peak_gigabytes, read_rows, save_checkpoint,
+                   sha256, start_or_resume)
 
 TRAINABLE = ("vision_model", "projector")  # the language model is frozen and must come out bit-identical
 
 
 def make_parser():
-    """"script" = default of the released training script, "reported" = the paper's value, quoted from memory."""
+    """script = default of the released training script, reported = the paper's value, quoted from memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--init", default="out/stage1", help="model folder to start from; out/stage1 is made first when missing")
+    add("--init", default="out/stage1",
+        help="model folder to start from; out/stage1 is made first when missing")
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage2", help="run folder for checkpoints and metrics")
-    add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: the text, or the level above (paper)")
-    add("--alpha", type=float, default=0.5, help="share of KL(teacher || student) in the KL (reported .2, script .5)")
-    add("--lam", type=float, default=0.5, help="share of the KL in the loss, rest: hard loss (reported, script .1)")
-    add("--tau", type=float, default=1.0, help="temperature of both softmaxes in the KL (reported and script: 1)")
-    add("--standardize", action=argparse.BooleanOptionalAction, default=False, help="logits / their std (script: on)")
+    add("--pairs", default="top", choices=list(data_gen.PAIRS),
+        help="teacher: the text, or the level above (paper)")
+    add("--alpha", type=float, default=0.5,
+        help="share of KL(teacher || student) in the KL (reported .2, script .5)")
+    add("--lam", type=float, default=0.5,
+        help="share of the KL in the loss, rest: hard loss (reported, script .1)")
+    add("--tau", type=float, default=1.0,
+        help="temperature of both softmaxes in the KL (reported and script: 1)")
+    add("--standardize", action=argparse.BooleanOptionalAction, default=False,
+        help="logits / their std (script: on)")
     add("--kernel", default="auto", choices=["auto", "eager"], help="how the loss is computed")
-    add("--steps", type=int, default=400, help="optimizer steps (ours: a little over one pass over the default data)")
+    add("--steps", type=int, default=400,
+        help="optimizer steps (ours: a little over one pass over the default data)")
     add("--batch", type=int, default=32, help="pairs a step, all processes together (reported: 64)")
-    add("--micro_batch", type=int, default=32, help="pairs a forward pass; smaller saves memory, the result is the same")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (reported: 5e-5; ours: a small model needs more)")
-    add("--warmup", type=float, default=0.02, help="share of the steps with a rising learning rate (reported)")
-    add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported and script: 0.1)")
+    add("--micro_batch", type=int, default=32,
+        help="pairs a forward pass; smaller saves memory, the result is the same")
+    add("--lr", type=float, default=1e-3,
+        help="peak learning rate (reported: 5e-5; ours: a small model needs more)")
+    add("--warmup", type=float, default=0.02,
+        help="share of the steps with a rising learning rate (reported)")
+    add("--weight_decay", type=float, default=0.1,
+        help="AdamW's, on matrices only (reported and script: 0.1)")
     add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
-    add("--max_length", type=int, default=1024, help="tokens of prompt and answer with image tokens (script: 2048)")
+    add("--max_length", type=int, default=1024,
+        help="tokens of prompt and answer with image tokens (script: 2048)")
     add("--seed", type=int, default=3407, help="decides the order of the rows (script: 3407)")
     add("--log_every", type=int, default=10, help="steps from one log line to the next")
-    add("--save_every", type=int, default=500, help="steps from one checkpoint to the next; the last is always saved")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a run in --out, or start over")
-    add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with accuracy before and after")
+    add("--save_every", type=int, default=500,
+        help="steps from one checkpoint to the next; the last is always saved")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="continue a run in --out, or start over")
+    add("--evaluate", action=argparse.BooleanOptionalAction, default=True,
+        help="end with accuracy before and after")
     add("--show", type=int, default=None, metavar="I", help="print pair I token by token instead of training")
     return parser
 
 
 # >>> identical in stage1/2/3: flags
 def parse_args(argv=None):
-    """The flags, printed once with a * behind those that are not the default: a log then says what was run."""
+    """The flags, printed with a * behind those that are not the default: a log then says what was run."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if min(args.batch, args.micro_batch, args.log_every, args.save_every) < 1 or args.steps < 0:
-        parser.error("--batch, --micro_batch, --log_every and --save_every must be 1 or more, --steps 0 or more")
+        parser.error("--batch, --micro_batch, --log_every, --save_every must be 1 or more, --steps 0 or more")
     if int(os.environ.get("RANK", 0)) == 0:
         values = (f"{k}={v}" + "*" * (v != parser.get_default(k)) for k, v in vars(args).items())
         print(os.path.basename(__file__), *values, flush=True)
@@ -83,8 +99,9 @@ def parse_args(argv=None):
 
 # >>> identical in stage1/2/3: distributed
 def setup_distributed():
-    """-> (rank, world size, device). torchrun starts the processes and tells each who it is by the environment."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """-> (rank, world size, device). torchrun starts the processes and tells each who it is."""
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -128,8 +145,8 @@ def shuffled(n, seed, epoch):
 def rows_of_step(step, n, args):
     """Row numbers of a global batch: a function of the step alone.
 
-    Not a DataLoader with a sampler: there is no state to save, so a resumed run and a run on other processes see the
-    same rows in the same order.  The end of an epoch does not cut a batch short.
+    Not a DataLoader with a sampler: there is no state to save, so a resumed run and a run on other processes
+    see the same rows in the same order.  The end of an epoch does not cut a batch short.
     """
     places = range(step * args.batch, (step + 1) * args.batch)
     return [int(shuffled(n, args.seed, place // n)[place % n]) for place in places]
@@ -138,7 +155,7 @@ def rows_of_step(step, n, args):
 
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
-    """AdamW over exactly the trainable parameters. Norms and biases are not decayed: they set scales, not weights."""
+    """AdamW over exactly the trainable parameters. Norms and biases are not decayed: they only set scales."""
     trainable = [p for p in vlm.parameters() if p.requires_grad]
     assert len(trainable) == sum(name.split(".")[0] in TRAINABLE for name, _ in vlm.named_parameters())
     groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -155,46 +172,47 @@ def write_log(args, line, numbers):
 
 
 # ==============================================================================================================
-# The loss.  At one answer position: z_t the teacher's logits (strong form, no gradient), z_s the student's (weak
-# form), y the next answer token, tau the temperature.
+# The loss.  At one answer position: z_t the teacher's logits (strong form, no gradient), z_s the student's
+# (weak form), y the next answer token, tau the temperature.
 #
 #     p = softmax(z_t / tau)      q = softmax(z_s / tau)
-#     L_FKL  = KL(p || q) = sum p (ln p - ln q)    KL(teacher || student): what does the student miss?         (1)
-#     L_RKL  = KL(q || p) = sum q (ln q - ln p)    KL(student || teacher): what does the student make up?      (2)
-#     L_hard = -ln softmax(z_s)[y]                 cross-entropy with the label                                (3)
-#     L = lam tau^2 (alpha L_FKL + (1 - alpha) L_RKL) + (1 - lam) L_hard                                       (4)
+#     L_FKL  = KL(p || q) = sum p (ln p - ln q)    KL(teacher || student): what does the student miss?    (1)
+#     L_RKL  = KL(q || p) = sum q (ln q - ln p)    KL(student || teacher): what does the student make up? (2)
+#     L_hard = -ln softmax(z_s)[y]                 cross-entropy with the label                           (3)
+#     L = lam tau^2 (alpha L_FKL + (1 - alpha) L_RKL) + (1 - lam) L_hard                                  (4)
 #
-# tau^2: a softmax at temperature tau has gradients smaller by 1 / tau^2 (Hinton et al., arXiv 1503.02531).  Early in
-# training L_FKL fits the head of the teacher's distribution and L_RKL its tail (Wu et al., arXiv 2404.02657).
-# L is averaged over all N answer positions of the global batch.
+# tau^2: a softmax at temperature tau has gradients smaller by 1 / tau^2 (Hinton et al., arXiv 1503.02531).
+# Early in training L_FKL fits the head of the teacher's distribution and L_RKL its tail (Wu et al., arXiv
+# 2404.02657).  L is averaged over all N answer positions of the global batch.
 #
-# How to compute it.  Teacher and student share the frozen lm_head W (V, H).  From their hidden rows ht, hs (N, H)
+# How to compute it.  Teacher and student share the frozen lm_head W (V, H); ht, hs (N, H) are their rows.
 #
-#     T = ht W^T      D = (hs - ht) W^T      z_t = T      z_s = T + D                                          (5)
+#     T = ht W^T      D = (hs - ht) W^T      z_t = T      z_s = T + D                                     (5)
 #
-# and not z_s = hs W^T: the gradient of a KL is a difference of two nearly equal distributions.  Rounding both logits on
-# their own leaves noise that stays when the student gets better; D shrinks with it, and hs == ht gives exactly 0.
+# and not z_s = hs W^T: the gradient of a KL is a difference of two nearly equal distributions.  Rounding both
+# logits on their own leaves noise that stays when the student gets better; D shrinks with it, and hs == ht
+# gives exactly 0.
 #
 # With a_t, a_s the scales of the two softmaxes (1 / tau; one per row when standardized), for each row
 #
 #     t = a_t T      e = a_s D + (a_s - a_t) T      s = t + e
-#     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)                           (6)
-#     delta = e - dL = ln q - ln p                                                                             (7)
+#     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)                      (6)
+#     delta = e - dL = ln q - ln p                                                                        (7)
 #
-# (6) never subtracts two rounded log-sum-exps.  Both KLs in Bregman form: every term >= 0, the sum cannot cancel.
+# (6) never subtracts two rounded log-sum-exps.  Both KLs in Bregman form, where every term is >= 0:
 #
-#     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                                         (8)
-#     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))        gradient of the KL part w.r.t. s    (9)
-#     G = a_s g + (1 - lam) (softmax(z_s) - onehot(y))                     gradient w.r.t. z_s                 (10)
-#     dL/dhs = G W                                                                                             (11)
+#     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                                    (8)
+#     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))    gradient of the KL part, w.r.t. s  (9)
+#     G = a_s g + (1 - lam) (softmax(z_s) - onehot(y))                    gradient w.r.t. z_s             (10)
+#     dL/dhs = G W                                                                                        (11)
 #
-# Standardized logits, (z - mean) / std over the vocabulary, are a temperature per row: a softmax ignores the mean, and
+# Standardized logits, (z - mean) / std over the vocabulary, are a temperature per row: the mean drops out, and
 #
-#     std^2 = h^T C h,   C = covariance of the rows of W: (H, H), a constant while W is frozen                 (12)
+#     std^2 = h^T C h,   C = covariance of the rows of W: (H, H), a constant while W is frozen            (12)
 #
-# so a_s = 1 / (tau std) is an ordinary function of hs.  The chunks below return dL/da_s = sum g z_s; autograd goes on.
+# so a_s = 1 / (tau std) is an ordinary function of hs.  The chunks below return dL/da_s = sum g z_s.
 # ==============================================================================================================
-CHUNK_ELEMENTS = 2 ** 20  # rows x V of a chunk: 4 MB a tensor, so the dozen of them stays near the cores' caches
+CHUNK_ELEMENTS = 2 ** 20  # rows x V of a chunk: 4 MB a tensor, a dozen of them stays near the caches
 _covariance = [lambda: None, None, None]  # for (12): weak reference to W, its version and n_vocab, C
 
 
@@ -218,10 +236,10 @@ class ChunkedKLAlign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, n_vocab, n_total, dtype):
-        N, W = hs.shape[0], weight[:n_vocab].to(dtype)  # rows from n_vocab on are padding: no softmax may see them
+        N, W = hs.shape[0], weight[:n_vocab].to(dtype)  # the rows after n_vocab are padding
         train_head, train = weight.requires_grad, hs.requires_grad or weight.requires_grad
         dhs = torch.zeros(hs.shape, device=hs.device) if train else None  # (N, H)
-        dW = torch.zeros(weight.shape, device=hs.device) if train_head else None  # (V, H) float32, whatever W is
+        dW = torch.zeros(weight.shape, device=hs.device) if train_head else None  # (V, H) in float32
         da = torch.zeros(N, device=hs.device) if a_s.requires_grad else None  # (N,)
         sums = torch.zeros(3, dtype=torch.float64, device=hs.device)  # L_FKL, L_RKL, L_hard
         w_f, w_r, w_c = (w / n_total for w in (lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam))
@@ -239,7 +257,7 @@ class ChunkedKLAlign(torch.autograd.Function):
             Z_t, Z_s = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)  # (n, 1)
             p, q = p.div_(Z_t), q.div_(Z_s)
             delta = e.sub_((m_s - m_t) + (Z_s / Z_t).log())  # (n, V)  (6) (7)
-            # p (exp(delta) - 1) keeps the digits of q - p when the two are close, and overflows when they are far apart
+            # p (exp(delta) - 1) keeps the digits of q - p when both are close, but can overflow otherwise
             diff = torch.where(delta.abs() < 0.5, p * torch.expm1(delta), q - p)  # (n, V)
             q_delta = q * delta
             rkl = (q_delta - diff).sum(-1, keepdim=True)  # (n, 1)  (8)
@@ -265,8 +283,8 @@ class ChunkedKLAlign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):
         dhs, dW, da = ctx.saved_tensors
-        return ((scale * dhs).to(ctx.dtypes[0]), None, None if dW is None else (scale * dW).to(ctx.dtypes[1]), None,
-                None if da is None else scale * da, *[None] * 7)
+        dW = None if dW is None else (scale * dW).to(ctx.dtypes[1])
+        return (scale * dhs).to(ctx.dtypes[0]), None, dW, None, None if da is None else scale * da, *[None] * 7
 
 
 @torch._dynamo.disable  # a loop over chunks that does its own gradient: nothing for a compiler to trace
@@ -274,7 +292,7 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
                   kernel="auto"):
     """The alignment loss (4) from hidden rows, without the logits of the batch.
 
-    hs, ht      (N, H) float32 or bfloat16: student and teacher after the final norm, answer rows only; ht is a constant
+    hs, ht      (N, H) float32 or bfloat16: student and teacher rows after the final norm; ht is a constant
     weight      (V, H) lm_head of both sides; gets a gradient if it asks for one
     labels      (N,) int64, the token each row has to predict; -100: no hard loss for that row, its KL counts
     n_vocab     how many rows of weight are real, when it is padded (default: all)
@@ -284,16 +302,18 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
     raises      ValueError for shapes or settings that do not fit
     """
     N, V = hs.shape[0], weight.shape[0] if n_vocab is None else n_vocab
-    if hs.shape != ht.shape or labels.shape != (N,) or hs.shape[1:] != weight.shape[1:] or not 0 < V <= len(weight):
-        raise ValueError(f"shapes do not fit: hs {tuple(hs.shape)}, ht {tuple(ht.shape)}, labels {tuple(labels.shape)}, "
-                         f"weight {tuple(weight.shape)}, n_vocab {V}")
+    if not (hs.shape == ht.shape == (N, weight.shape[1]) and labels.shape == (N,) and 0 < V <= len(weight)):
+        shapes = [tuple(x.shape) for x in (hs, ht, weight, labels)]
+        raise ValueError(f"shapes of hs, ht, weight, labels do not fit: {shapes}, n_vocab {V}")
     if not (0 <= alpha <= 1 and 0 <= lam <= 1 and tau > 0) or kernel not in ("auto", "eager"):
-        raise ValueError(f"want alpha, lam in [0, 1], tau > 0, kernel auto or eager: {alpha}, {lam}, {tau}, {kernel!r}")
+        raise ValueError(f"want alpha and lam in [0, 1], tau above 0, kernel auto or eager, "
+                         f"not {alpha}, {lam}, {tau}, {kernel!r}")
     device, ht = hs.device.type, ht.detach()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):  # the matrix products run in dtype, all else in float32
         a_s = row_scale(hs, weight, V, tau, standardize)
-        a_t = row_scale(ht, weight.detach(), V, tau, True) if standardize else a_s
+        fixed = weight.detach() if weight.requires_grad else weight  # the same object keeps C of (12) valid
+        a_t = row_scale(ht, fixed, V, tau, True) if standardize else a_s
         loss, fkl, rkl, ce = ChunkedKLAlign.apply(hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, V,
                                                   max(1, N) if n_total is None else n_total, dtype)
     return loss, {"kl_teacher_student": fkl, "kl_student_teacher": rkl, "ce": ce}
@@ -301,7 +321,7 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
 
 @torch.no_grad()
 def same_choice(hs, ht, weight):
-    """Rows whose most probable token is the same on both sides: the number in the log that a reader can feel."""
+    """Rows whose most probable token is the same on both sides: the number in the log one can feel."""
     choices = [torch.cat([(c.to(weight.dtype) @ weight.T).argmax(-1) for c in h.split(1024)]) for h in (hs, ht)]
     return int((choices[0] == choices[1]).sum())
 
@@ -309,39 +329,44 @@ def same_choice(hs, ht, weight):
 def pair_of_rows(vlm, model, strong, weak):
     """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): row by row the same answer token."""
     labels = weak.labels[weak.labels != IGNORE]  # (N,), row-major as in VLM.forward
-    assert torch.equal(labels, strong.labels[strong.labels != IGNORE]), "the two forms of a pair must have one answer"
+    assert torch.equal(labels, strong.labels[strong.labels != IGNORE]), "a pair has two answers"
     with torch.no_grad():
         ht = vlm(strong)  # the bare module with its live weights: DDP's forward would wait for a backward
     return ht, model(weak), labels
 
 
 def load_pairs(path):
-    """The rows of a pair file, whose two answers must be the same text. Exits with file:line when they are not."""
-    rows = read_rows(path, [field + suffix for suffix in ("", "_2") for field in ("image_url", "instruction", "output")])
+    """The rows of a pair file. Exits with file:line when the two answers of a pair are not the same text."""
+    fields = ("image_url", "instruction", "output")
+    rows = read_rows(path, fields + tuple(field + "_2" for field in fields))
     for number, row in enumerate(rows, 1):
         if row["output"] != row["output_2"]:
-            sys.exit(f"{path}:{number}: the answers of a pair differ: {row['output']!r} and {row['output_2']!r}")
+            sys.exit(f"{path}:{number}: the answers of a pair differ: "
+                     f"{row['output']!r} and {row['output_2']!r}")
     return rows
 
 
 @torch.no_grad()
 def show_pair(args, vlm, tokenizer, row):
-    """One pair as a table over its answer tokens. The last line is the scalar that training would log for it."""
-    strong, weak = (make_batch(vlm, tokenizer, [row], suffix, args.data, args.max_length) for suffix in ("", "_2"))
+    """One pair as a table over its answer tokens. The last line is what training would log for it."""
+    strong, weak = (make_batch(vlm, tokenizer, [row], suffix, args.data, args.max_length)
+                    for suffix in ("", "_2"))
     ht, hs, labels = pair_of_rows(vlm, vlm, strong, weak)
     loss_of = functools.partial(kl_align_loss, weight=vlm.lm_head, alpha=args.alpha, lam=args.lam, tau=args.tau,
                                 standardize=args.standardize, kernel=args.kernel)
     word = lambda token: repr(tokenizer.decode([int(token)]))
     print(f"strong: {row['instruction']}  [{row['image_url'] or 'no picture'}]")
     print(f"weak:   {row['instruction_2']}  [{row['image_url_2'] or 'no picture'}]\n")
-    print(f"{'position':>9} {'next token':>12} | {'teacher':>12} prob | {'student':>12} prob |  KL(t||s)  KL(s||t)     ce")
+    print(f"{'position':>9} {'next token':>12} | {'teacher':>12} prob | {'student':>12} prob | "
+          f"{'KL(t||s)':>9} {'KL(s||t)':>9} {'ce':>6}")
     positions = [b.labels[0].ne(IGNORE).nonzero().flatten().tolist() for b in (strong, weak)]
     rows = []
     for k, (a, b) in enumerate(zip(*positions)):
         loss, parts = loss_of(hs=hs[k:k + 1], ht=ht[k:k + 1], labels=labels[k:k + 1])
         rows.append([x.item() for x in (*parts.values(), loss)])
         (p_t, top_t), (p_s, top_s) = ((vlm.lm_head @ h[k]).softmax(-1).max(-1) for h in (ht, hs))
-        print(f"{a:4d} {b:4d} {word(labels[k]):>12} | {word(top_t):>12} {p_t:.2f} | {word(top_s):>12} {p_s:.2f} | "
+        print(f"{a:4d} {b:4d} {word(labels[k]):>12} | {word(top_t):>12} {p_t:.2f} | "
+              f"{word(top_s):>12} {p_s:.2f} | "
               f"{rows[-1][0]:9.4f} {rows[-1][1]:9.4f} {rows[-1][2]:6.2f}")
     kl_ts, kl_st, ce, mean = np.mean(rows, axis=0)
     whole, _ = loss_of(hs=hs, ht=ht, labels=labels)
@@ -354,7 +379,8 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} must be a multiple of {world} processes x --micro_batch {args.micro_batch}")
+        sys.exit(f"--batch {args.batch} must be a multiple of {world} x --micro_batch {args.micro_batch} "
+                 f"(processes x rows): change one of them")
     if args.init == "out/stage1" and newest_checkpoint(args.init) is None:
         if rank == 0:
             print(f"{args.init} is missing: running stage 1 first, @T1@ on 2 CPU cores", flush=True)
@@ -376,28 +402,31 @@ def main(argv=None):
     optimizer = make_optimizer(vlm, args)
     # A run explains itself: flags, parent, data and the text of this very script go into every checkpoint.
     with open(__file__, encoding="utf-8") as f:
-        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data), "script": f.read()}
+        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data),
+               "script": f.read()}
     start = start_or_resume(args, vlm, optimizer, run, rank)
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
     begun, tokens = time.time(), 0
     before = {k: v.clone() for k, v in vlm.language_model.state_dict().items()}
 
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or not sys.stderr.isatty())
-    for step in bar:
+    quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         mine = rows_of_step(step, len(rows), args)[rank::world]
-        parts = [[rows[i] for i in mine[k:k + args.micro_batch]] for k in range(0, len(mine), args.micro_batch)]
+        size = args.micro_batch
+        parts = [[rows[i] for i in mine[k:k + size]] for k in range(0, len(mine), size)]
         strong, weak = ([make_batch(vlm, tokenizer, part, suffix, args.data, args.max_length).to(device)
                          for part in parts] for suffix in ("", "_2"))
-        # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted first, and a
-        # micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short answers more.
+        # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted
+        # first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short
+        # answers more.
         n_tokens, n_seen = total(sum(int((b.labels != IGNORE).sum()) for b in weak),
                                  sum(int(b.attention_mask.sum()) for b in strong + weak), device=device)
         here, logging = np.zeros(5), (step + 1) % args.log_every == 0 or step + 1 == args.steps
 
-        # =================================== the method: one step of stage 2 ===================================
+        # ================================= the method: one step of stage 2 ==================================
         for k, pair in enumerate(zip(strong, weak)):
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
                 model.require_backward_grad_sync = k == len(weak) - 1
@@ -409,23 +438,25 @@ def main(argv=None):
             (loss * world).backward()  # DDP takes the mean over processes; x world makes it the sum we want
             agree = same_choice(hs, ht, vlm.lm_head) / max(1, n_tokens) if logging else 0.0
             here += [loss.item(), *(x.item() for x in parts_of_loss.values()), agree]
-        # ==================================== from here on only bookkeeping ====================================
+        # ================================== from here on only bookkeeping ===================================
 
         assert all((p.grad is not None) == p.requires_grad for p in vlm.parameters())
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, kl_ts, kl_st, ce, agree = total(*here, device=device)
         if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: not saved; rows of process {rank}: {mine}")
+            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not "
+                     f"saved; a lower --lr may help; rows of process {rank}: {mine}")
         optimizer.step()
         optimizer.zero_grad()
         done, tokens = step + 1, tokens + n_seen
         if rank == 0 and logging:
-            lr, speed, gb = optimizer.param_groups[0]["lr"], tokens / (time.time() - begun), peak_gigabytes(device)
-            line = (f"step {done}/{args.steps} | loss {loss_all:.4f} (kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f})"
-                    f" | agree {agree:.1%}")
+            lr, speed = optimizer.param_groups[0]["lr"], tokens / (time.time() - begun)
+            gb = peak_gigabytes(device)
+            line = (f"step {done}/{args.steps} | loss {loss_all:.4f} "
+                    f"(kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f}) | agree {agree:.1%}")
             write_log(args, f"{line} | gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
-                      {"step": done, "loss": loss_all, "kl_ts": kl_ts, "kl_st": kl_st, "ce": ce, "agree": agree, "gnorm": norm,
-                       "lr": lr, "tok_s": speed, "gb": gb})
+                      {"step": done, "loss": loss_all, "kl_ts": kl_ts, "kl_st": kl_st, "ce": ce, "agree": agree,
+                       "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb})
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, {"run": run})
     if rank == 0:

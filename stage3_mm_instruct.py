@@ -1,13 +1,13 @@
 """Stage 3: multimodal instruction tuning. Everything learns, on all versions of the problems.
 
-    python stage3_mm_instruct.py                       # one process, on the GPU if there is one; @T3@ on 2 CPU cores
+    python stage3_mm_instruct.py                       # one process, on the GPU if there is one; @T3@
     torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters afterwards
 
-Reads data/stage3.jsonl and out/stage2 (made first when missing).  Writes out/stage3/step-N and metrics.jsonl.
-Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from what differs, the loss does not.
+Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N and metrics.jsonl.
+Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from what differs, not the loss.
 
-Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of steps, and the
-learning rate, reported as 3e-5 at a batch of 256.  What is trained and the loss are the paper's.
+Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of
+steps, and the learning rate, reported as 3e-5 at a batch of 256.  The loss and what learns are the paper's.
 """
 import argparse
 import functools
@@ -27,42 +27,52 @@ from tqdm import tqdm
 import data_gen
 import eval as evaluation
 import stage2_kl_align
-from model import IGNORE, load_vlm, make_batch, newest_checkpoint, peak_gigabytes, read_rows, save_checkpoint, sha256
-from model import start_or_resume
+from model import (IGNORE, load_vlm, make_batch, newest_checkpoint, peak_gigabytes, read_rows, save_checkpoint,
+                   sha256, start_or_resume)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn in this stage: all
 
 
 def make_parser():
-    """"script" = default of the released training script, "reported" = the paper's value, quoted from memory."""
+    """script = default of the released training script, reported = the paper's value, quoted from memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--init", default="out/stage2", help="model folder to start from; out/stage2 is made first when missing")
+    add("--init", default="out/stage2",
+        help="model folder to start from; out/stage2 is made first when missing")
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage3", help="run folder for checkpoints and metrics")
-    add("--steps", type=int, default=250, help="optimizer steps (ours: one pass over the default data)")
+    add("--steps", type=int, default=250,
+        help="optimizer steps (ours: one pass over the default data)")
     add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 256)")
-    add("--micro_batch", type=int, default=32, help="rows a forward pass; smaller saves memory, the result is the same")
-    add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 3e-5; ours: a small model needs more)")
-    add("--warmup", type=float, default=0.02, help="share of the steps with a rising learning rate (reported)")
-    add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported and script: 0.1)")
+    add("--micro_batch", type=int, default=32,
+        help="rows a forward pass; smaller saves memory, the result is the same")
+    add("--lr", type=float, default=3e-4,
+        help="peak learning rate (reported: 3e-5; ours: a small model needs more)")
+    add("--warmup", type=float, default=0.02,
+        help="share of the steps with a rising learning rate (reported)")
+    add("--weight_decay", type=float, default=0.1,
+        help="AdamW's, on matrices only (reported and script: 0.1)")
     add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
-    add("--max_length", type=int, default=1024, help="tokens of prompt and answer with image tokens (script: 2048)")
+    add("--max_length", type=int, default=1024,
+        help="tokens of prompt and answer with image tokens (script: 2048)")
     add("--seed", type=int, default=3407, help="decides the order of the rows (script: 3407)")
     add("--log_every", type=int, default=10, help="steps from one log line to the next")
-    add("--save_every", type=int, default=500, help="steps from one checkpoint to the next; the last is always saved")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a run in --out, or start over")
-    add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with accuracy before and after")
+    add("--save_every", type=int, default=500,
+        help="steps from one checkpoint to the next; the last is always saved")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="continue a run in --out, or start over")
+    add("--evaluate", action=argparse.BooleanOptionalAction, default=True,
+        help="end with accuracy before and after")
     return parser
 
 
 # >>> identical in stage1/2/3: flags
 def parse_args(argv=None):
-    """The flags, printed once with a * behind those that are not the default: a log then says what was run."""
+    """The flags, printed with a * behind those that are not the default: a log then says what was run."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if min(args.batch, args.micro_batch, args.log_every, args.save_every) < 1 or args.steps < 0:
-        parser.error("--batch, --micro_batch, --log_every and --save_every must be 1 or more, --steps 0 or more")
+        parser.error("--batch, --micro_batch, --log_every, --save_every must be 1 or more, --steps 0 or more")
     if int(os.environ.get("RANK", 0)) == 0:
         values = (f"{k}={v}" + "*" * (v != parser.get_default(k)) for k, v in vars(args).items())
         print(os.path.basename(__file__), *values, flush=True)
@@ -72,8 +82,9 @@ def parse_args(argv=None):
 
 # >>> identical in stage1/2/3: distributed
 def setup_distributed():
-    """-> (rank, world size, device). torchrun starts the processes and tells each who it is by the environment."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """-> (rank, world size, device). torchrun starts the processes and tells each who it is."""
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -117,8 +128,8 @@ def shuffled(n, seed, epoch):
 def rows_of_step(step, n, args):
     """Row numbers of a global batch: a function of the step alone.
 
-    Not a DataLoader with a sampler: there is no state to save, so a resumed run and a run on other processes see the
-    same rows in the same order.  The end of an epoch does not cut a batch short.
+    Not a DataLoader with a sampler: there is no state to save, so a resumed run and a run on other processes
+    see the same rows in the same order.  The end of an epoch does not cut a batch short.
     """
     places = range(step * args.batch, (step + 1) * args.batch)
     return [int(shuffled(n, args.seed, place // n)[place % n]) for place in places]
@@ -127,7 +138,7 @@ def rows_of_step(step, n, args):
 
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
-    """AdamW over exactly the trainable parameters. Norms and biases are not decayed: they set scales, not weights."""
+    """AdamW over exactly the trainable parameters. Norms and biases are not decayed: they only set scales."""
     trainable = [p for p in vlm.parameters() if p.requires_grad]
     assert len(trainable) == sum(name.split(".")[0] in TRAINABLE for name, _ in vlm.named_parameters())
     groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -148,7 +159,8 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} must be a multiple of {world} processes x --micro_batch {args.micro_batch}")
+        sys.exit(f"--batch {args.batch} must be a multiple of {world} x --micro_batch {args.micro_batch} "
+                 f"(processes x rows): change one of them")
     if args.init == "out/stage2" and newest_checkpoint(args.init) is None:
         if rank == 0:
             print(f"{args.init} is missing: running stage 2 first, @T2only@ on 2 CPU cores", flush=True)
@@ -166,26 +178,30 @@ def main(argv=None):
     optimizer = make_optimizer(vlm, args)
     # A run explains itself: flags, parent, data and the text of this very script go into every checkpoint.
     with open(__file__, encoding="utf-8") as f:
-        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data), "script": f.read()}
+        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data),
+               "script": f.read()}
     start = start_or_resume(args, vlm, optimizer, run, rank)
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
     begun, tokens = time.time(), 0
 
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or not sys.stderr.isatty())
-    for step in bar:
+    quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         mine = rows_of_step(step, len(rows), args)[rank::world]
-        parts = [[rows[i] for i in mine[k:k + args.micro_batch]] for k in range(0, len(mine), args.micro_batch)]
-        batches = [make_batch(vlm, tokenizer, part, "", args.data, args.max_length).to(device) for part in parts]
-        # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted first, and a
-        # micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short answers more.
+        size = args.micro_batch
+        parts = [[rows[i] for i in mine[k:k + size]] for k in range(0, len(mine), size)]
+        batches = [make_batch(vlm, tokenizer, part, "", args.data, args.max_length).to(device)
+                   for part in parts]
+        # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted
+        # first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short
+        # answers more.
         n_tokens, n_seen = total(sum(int((b.labels != IGNORE).sum()) for b in batches),
                                  sum(int(b.attention_mask.sum()) for b in batches), device=device)
         loss_here = 0.0
 
-        # =================================== the method: one step of stage 3 ===================================
+        # ================================= the method: one step of stage 3 ==================================
         for k, batch in enumerate(batches):
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
                 model.require_backward_grad_sync = k == len(batches) - 1
@@ -196,18 +212,20 @@ def main(argv=None):
             loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, n_tokens)
             (loss * world).backward()  # DDP takes the mean over processes; x world makes it the sum we want
             loss_here += loss.item()
-        # ==================================== from here on only bookkeeping ====================================
+        # ================================== from here on only bookkeeping ===================================
 
         assert all((p.grad is not None) == p.requires_grad for p in vlm.parameters())
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, = total(loss_here, device=device)
         if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: not saved; rows of process {rank}: {mine}")
+            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not "
+                     f"saved; a lower --lr may help; rows of process {rank}: {mine}")
         optimizer.step()
         optimizer.zero_grad()
         done, tokens = step + 1, tokens + n_seen
         if rank == 0 and (done % args.log_every == 0 or done == args.steps):
-            lr, speed, gb = optimizer.param_groups[0]["lr"], tokens / (time.time() - begun), peak_gigabytes(device)
+            lr, speed = optimizer.param_groups[0]["lr"], tokens / (time.time() - begun)
+            gb = peak_gigabytes(device)
             line = f"step {done}/{args.steps} | loss {loss_all:.4f}"
             write_log(args, f"{line} | gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
                       {"step": done, "loss": loss_all, "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb})
