@@ -306,6 +306,16 @@ def newest_checkpoint(out):
     return None
 
 
+def finished(out):
+    """True when the newest checkpoint of a run stands at the last of its steps: a half-trained model is no parent."""
+    newest = newest_checkpoint(out)
+    if newest is None:
+        return False
+    with open(os.path.join(newest, "trainer_state.json")) as f:
+        state = json.load(f)
+    return state["step"] == state["run"]["flags"]["steps"]
+
+
 def resolve(folder):
     """A model folder for the name of one, or of a run folder with checkpoints in it. Exits when there is none."""
     if os.path.exists(os.path.join(folder, "config.json")):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data_gen
 import eval as evaluation
 import stage2_kl_align
-from model import (IGNORE, load_vlm, make_batch, newest_checkpoint, peak_gigabytes, read_rows, save_checkpoint,
+from model import (IGNORE, finished, load_vlm, make_batch, peak_gigabytes, read_rows, save_checkpoint,
                    sha256, start_or_resume)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn in this stage: all
@@ -161,9 +161,9 @@ def main(argv=None):
     if args.batch % (world * args.micro_batch):
         sys.exit(f"--batch {args.batch} must be a multiple of {world} x --micro_batch {args.micro_batch} "
                  f"(processes x rows): change one of them")
-    if args.init == "out/stage2" and newest_checkpoint(args.init) is None:
+    if args.init == "out/stage2" and not finished(args.init):
         if rank == 0:
-            print(f"{args.init} is missing: running stage 2 first, @T2only@ on 2 CPU cores", flush=True)
+            print(f"{args.init} is missing or unfinished: running stage 2 first, @T2only@ on 2 CPU cores", flush=True)
         stage2_kl_align.main(["--data", args.data, "--out", args.init, "--no-evaluate"])
         if world > 1:
             dist.barrier()  # rank 0 may still be writing

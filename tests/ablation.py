@@ -1,9 +1,10 @@
 """Train all variants on several seeds and write tests/results/ablation.json: where the README's result tables come from.
 
-    python tests/ablation.py                  # 3 seeds x (stage 1, five stage 2 variants, stage 3), about an hour on 2 CPU cores
+    python tests/ablation.py                                        # everything, hours on 2 CPU cores
+    python tests/ablation.py --seeds 3407 --variants stage2 ce_only # a part; adds to what the file holds
 
-A seed changes the order of the rows in every stage; data, backbones and test problems stay the same.  Finished runs are
-kept in --out and not trained again.
+A seed changes the order of the rows in every stage; data, backbones and test problems stay the same.  Finished
+runs are kept in --out and not trained again.
 """
 import argparse
 import json
@@ -20,13 +21,16 @@ import stage1_text_sft  # noqa: E402
 import stage2_kl_align  # noqa: E402
 import stage3_mm_instruct  # noqa: E402
 from data_gen import LADDER  # noqa: E402
+from eval import share  # noqa: E402
 
-VARIANTS = {  # stage 2 flags; the first is the default
+VARIANTS = {  # name: flags of stage 2, or the parent of a stage 3
     "stage2": [],
+    "stage3": "stage2",
     "ce_only": ["--lam", "0"],
     "alpha0": ["--alpha", "0"],
     "alpha1": ["--alpha", "1"],
     "neighbours": ["--pairs", "neighbours"],
+    "stage3_without_stage2": "stage1",
 }
 
 
@@ -48,26 +52,41 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "ablation.json")
-    runs = {}
-    for seed in args.seeds:
-        at = lambda name: os.path.join(args.out, str(seed), name)
-        common = ["--seed", str(seed)]
-        runs[seed] = {"stage1": run(stage1_text_sft, at("stage1"), common)}
+    for seed in map(str, args.seeds):
+        at, common = lambda name: os.path.join(args.out, seed, name), ["--seed", seed]
+        new = {"stage1": run(stage1_text_sft, at("stage1"), common)}
         for name in args.variants:
-            runs[seed][name] = run(stage2_kl_align, at(name), [*common, *VARIANTS[name], "--init", at("stage1"), "--no-evaluate"])
-            if name == "stage2":
-                runs[seed]["stage3"] = run(stage3_mm_instruct, at("stage3"), [*common, "--init", at("stage2"), "--no-evaluate"])
+            if isinstance(VARIANTS[name], str):
+                flags, module = ["--init", at(VARIANTS[name])], stage3_mm_instruct
+            else:
+                flags, module = [*VARIANTS[name], "--init", at("stage1")], stage2_kl_align
+            new[name] = run(module, at(name), [*common, *flags, "--no-evaluate"])
+        runs = {}
+        if os.path.exists(path):  # read as late as possible: another process may be at another seed
+            with open(path) as f:
+                runs = json.load(f)["runs"]
+        runs[seed] = runs.get(seed, {}) | new
         with open(path, "w") as f:  # after every seed: a killed run keeps what it has
-            json.dump({"command": "python tests/ablation.py", "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-                       "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU", "runs": runs}, f, indent=1)
-    names = list(dict.fromkeys(name for r in runs.values() for name in r))
-    print(f"\nmean (lowest .. highest) of {len(runs)} seeds, %\n{'':12s}" + "".join(f"{v:>24s}" for v in [*LADDER, "ALL", "relative gap"]))
-    for name in names:
+            json.dump({"command": "python tests/ablation.py", "date": time.strftime("%Y-%m-%d"),
+                       "torch": torch.__version__, "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+                       "runs": dict(sorted(runs.items()))}, f, indent=1)
+    print(markdown(runs))
+
+
+def markdown(runs):
+    """The README's table: mean over the seeds that have run, lowest and highest below the mean where there are several."""
+    head = [*LADDER, "ALL", "relative gap"]
+    lines = ["| | seeds | " + " | ".join(head) + " |", "|---|--:|" + "--:|" * len(head)]
+    for name in ["stage1", *VARIANTS]:
+        some = [r[name] for r in runs.values() if name in r]
         cells = []
-        for v in [*LADDER, "all", "relative_gap"]:
-            some = [100 * (r[name]["versions"][v]["correct"] / r[name]["versions"][v]["n"] if v in LADDER else r[name][v]) for r in runs.values()]
-            cells.append(f"{sum(some) / len(some):.1f} ({min(some):.1f} .. {max(some):.1f})")
-        print(f"{name:12s}" + "".join(f"{c:>24s}" for c in cells))
+        for key in [*LADDER, "all", "relative_gap"] if some else []:
+            values = [100 * (share(r["versions"][key]) if key in LADDER else r[key] or 0) for r in some]
+            spread = f" ({min(values):.1f} - {max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.1f}{spread}")
+        if some:
+            lines.append(f"| `{name}` | {len(some)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

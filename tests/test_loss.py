@@ -193,6 +193,16 @@ def test_the_covariance_is_computed_again_when_the_head_changes():
     assert error(run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)[0].detach(), first.detach()) < 1e-5
 
 
+def test_the_covariance_of_a_frozen_head_is_computed_once(monkeypatch):
+    """It costs V H^2 operations, and nothing about it changes from step to step."""
+    hs, ht, W, labels = example()
+    calls, original = [], torch.cov
+    monkeypatch.setattr(torch, "cov", lambda x: calls.append(1) or original(x))
+    for _ in range(3):
+        run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)
+    assert len(calls) == 1
+
+
 def test_autocast_and_float32_agree_to_bfloat16_precision():
     hs, ht, W, labels = example()
     loss, _, grad = run(hs, ht, W, labels, alpha=.5, lam=.5)

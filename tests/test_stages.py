@@ -150,6 +150,13 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(data, tmp_p
         train(1, data, tmp_path / "a", steps=1, lr=0.5)
 
 
+def test_a_run_that_was_stopped_is_no_parent_yet(data, tmp_path):
+    train(1, data, tmp_path / "a", steps=2, save_every=1)
+    assert model.finished(str(tmp_path / "a")) and not model.finished(str(tmp_path / "nothing"))
+    shutil.rmtree(tmp_path / "a" / "step-2")
+    assert not model.finished(str(tmp_path / "a"))
+
+
 def test_zero_steps_and_zero_learning_rate(data, tmp_path):
     before = load_file(os.path.join(TINY, "model.safetensors"))
     for out, change in (("a", {"steps": 0}), ("b", {"lr": 0.0, "steps": 1})):
