@@ -1,6 +1,6 @@
 """Stage 1: text SFT. The language model learns to solve problems that are all in the text; no picture yet.
 
-    python stage1_text_sft.py                         # one process, on the GPU if there is one; a minute on 2 cores
+    python stage1_text_sft.py                         # one process; a minute on 2 CPU cores
     torchrun --nproc_per_node 8 stage1_text_sft.py    # 8 processes: same batches, same parameters afterwards
 
 Reads data/stage1.jsonl (made first when missing) and the backbones in tiny/; writes out/stage1/step-N and

@@ -1,6 +1,6 @@
 """Stage 3: multimodal instruction tuning. Everything learns, on all versions of the problems.
 
-    python stage3_mm_instruct.py                       # one process, on the GPU if there is one; 3 minutes on 2 cores
+    python stage3_mm_instruct.py                       # one process; 3 minutes on 2 CPU cores
     torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters afterwards
 
 Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N and metrics.jsonl.
@@ -163,7 +163,8 @@ def main(argv=None):
                  f"(processes x rows): change one of them")
     if args.init == "out/stage2" and not finished(args.init):
         if rank == 0:
-            print(f"{args.init} is missing or unfinished: running stage 2 first, about 5 minutes on 2 CPU cores", flush=True)
+            print(f"{args.init} is missing or unfinished: running stage 2 first, about 5 minutes on 2 CPU cores",
+                  flush=True)
         stage2_kl_align.main(["--data", args.data, "--out", args.init, "--no-evaluate"])
         if world > 1:
             dist.barrier()  # rank 0 may still be writing

@@ -36,7 +36,7 @@ def main():
                         anchor="ma", align="center")
     draw.multiline_text((345, 192), "KL(teacher || student)\nKL(student || teacher)", font=ImageFont.load_default(15), fill="#c0392b",
                         anchor="ma", align="center")
-    draw.text((20, 340), f"one answer:  {problem['output']}", font=font, fill="black")
+    draw.text((20, 340), f"one answer:  {problem['output'].replace('†', '')}", font=font, fill="black")
     left, bottom, height = 770, 318, 240
     draw.text((left - 10, 14), "accuracy by version, before and after stage 2", font=bold, fill="black")
     for k, version in enumerate(LADDER):
