@@ -6,8 +6,8 @@
 
 Every row is a pair: one problem text-rich (strong) and vision-rich (weak), with one answer.  The strong form
 runs without gradient; the weak form's next-token distribution is pulled up to it at every answer token.  The
-language model is frozen: it is the vision encoder and the projector that learn to say with pixels what the text
-would have said.
+language model is frozen: it is the vision encoder and the projector that learn to say with pixels what the
+text would have said.
 
 Differs from the paper in: the model and the data; four rungs of data_gen.py's ladder instead of the paper's
 levels; every level is pulled to the text (--pairs top), not to its neighbour; --lam is 0.5.
@@ -171,7 +171,7 @@ def write_log(args, line, numbers):
 # <<<
 
 
-# ==============================================================================================================
+# ============================================================================================================
 # The loss.  At one answer position: z_t the teacher's logits (strong form, no gradient), z_s the student's
 # (weak form), y the next answer token, tau the temperature.
 #
@@ -206,12 +206,12 @@ def write_log(args, line, numbers):
 #     G = a_s g + (1 - lam) (softmax(z_s) - onehot(y))                    gradient w.r.t. z_s             (10)
 #     dL/dhs = G W                                                                                        (11)
 #
-# Standardized logits, (z - mean) / std over the vocabulary, are a temperature per row: the mean drops out, and
+# Standardized logits, (z - mean) / std over the vocabulary, are a temperature a row: the mean drops out, and
 #
 #     std^2 = h^T C h,   C = covariance of the rows of W: (H, H), a constant while W is frozen            (12)
 #
 # so a_s = 1 / (tau std) is an ordinary function of hs.  The chunks below return dL/da_s = sum g z_s.
-# ==============================================================================================================
+# ============================================================================================================
 CHUNK_ELEMENTS = 2 ** 20  # rows x V of a chunk: 4 MB a tensor, a dozen of them stays near the caches
 _covariance = [lambda: None, None, None]  # for (12): weak reference to W, its version and n_vocab, C
 
@@ -284,12 +284,12 @@ class ChunkedKLAlign(torch.autograd.Function):
     def backward(ctx, scale, *_):
         dhs, dW, da = ctx.saved_tensors
         dW = None if dW is None else (scale * dW).to(ctx.dtypes[1])
-        return (scale * dhs).to(ctx.dtypes[0]), None, dW, None, None if da is None else scale * da, *[None] * 7
+        return (scale * dhs).to(ctx.dtypes[0]), None, dW, None, da if da is None else scale * da, *[None] * 7
 
 
 @torch._dynamo.disable  # a loop over chunks that does its own gradient: nothing for a compiler to trace
-def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=False, n_vocab=None, n_total=None,
-                  kernel="auto"):
+def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=False, n_vocab=None,
+                  n_total=None, kernel="auto"):
     """The alignment loss (4) from hidden rows, without the logits of the batch.
 
     hs, ht      (N, H) float32 or bfloat16: student and teacher rows after the final norm; ht is a constant
@@ -322,12 +322,13 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
 @torch.no_grad()
 def same_choice(hs, ht, weight):
     """Rows whose most probable token is the same on both sides: the number in the log one can feel."""
-    choices = [torch.cat([(c.to(weight.dtype) @ weight.T).argmax(-1) for c in h.split(1024)]) for h in (hs, ht)]
-    return int((choices[0] == choices[1]).sum())
+    student, teacher = (torch.cat([(part.to(weight.dtype) @ weight.T).argmax(-1) for part in h.split(1024)])
+                        for h in (hs, ht))
+    return int((student == teacher).sum())
 
 
 def pair_of_rows(vlm, model, strong, weak):
-    """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): row by row the same answer token."""
+    """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,), row by row for one answer token."""
     labels = weak.labels[weak.labels != IGNORE]  # (N,), row-major as in VLM.forward
     assert torch.equal(labels, strong.labels[strong.labels != IGNORE]), "a pair has two answers"
     with torch.no_grad():

@@ -28,7 +28,7 @@ def test_line_counts_are_true_and_within_budget():
         lines = read(name).count("\n")
         assert f"| `{name}` | {lines} |" in read("README.md"), f"{name} has {lines} lines"
         assert lines <= limit, f"{name} has {lines} lines, its budget is {limit}"
-        assert max(map(len, read(name).splitlines())) <= 120, name
+        assert max(map(len, read(name).splitlines())) <= 118, name
 
 
 def test_ci_runs_the_readme_command():
@@ -61,7 +61,7 @@ def test_the_table_of_the_first_run_is_the_stored_one():
     assert evaluation.table({name: models[name] for name in ("out/stage1", "out/stage2")}) == between("table1")
 
 
-@pytest.mark.parametrize("script", list(BUDGET))
+@pytest.mark.parametrize("script", [name for name in BUDGET if name != "model.py"])
 def test_help_of_every_script(script):
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--" in done.stdout
