@@ -328,7 +328,7 @@ def same_choice(hs, ht, weight):
 
 
 def pair_of_rows(vlm, model, strong, weak):
-    """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,), row by row for one answer token."""
+    """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): a row is the same answer token."""
     labels = weak.labels[weak.labels != IGNORE]  # (N,), row-major as in VLM.forward
     assert torch.equal(labels, strong.labels[strong.labels != IGNORE]), "a pair has two answers"
     with torch.no_grad():
@@ -353,8 +353,8 @@ def show_pair(args, vlm, tokenizer, row):
     strong, weak = (make_batch(vlm, tokenizer, [row], suffix, args.data, args.max_length)
                     for suffix in ("", "_2"))
     ht, hs, labels = pair_of_rows(vlm, vlm, strong, weak)
-    loss_of = functools.partial(kl_align_loss, weight=vlm.lm_head, alpha=args.alpha, lam=args.lam, tau=args.tau,
-                                standardize=args.standardize, kernel=args.kernel)
+    loss_of = functools.partial(kl_align_loss, weight=vlm.lm_head, alpha=args.alpha, lam=args.lam,
+                                tau=args.tau, standardize=args.standardize, kernel=args.kernel)
     word = lambda token: repr(tokenizer.decode([int(token)]))
     print(f"strong: {row['instruction']}  [{row['image_url'] or 'no picture'}]")
     print(f"weak:   {row['instruction_2']}  [{row['image_url_2'] or 'no picture'}]\n")
@@ -384,7 +384,8 @@ def main(argv=None):
                  f"(processes x rows): change one of them")
     if args.init == "out/stage1" and not finished(args.init):
         if rank == 0:
-            print(f"{args.init} is missing or unfinished: running stage 1 first, about a minute on 2 CPU cores", flush=True)
+            print(f"{args.init} is missing or unfinished: running stage 1 first, about a minute on 2 CPU cores",
+                  flush=True)
         stage1_text_sft.main(["--data", args.data, "--out", args.init])
         if world > 1:
             dist.barrier()  # rank 0 may still be writing
@@ -456,15 +457,15 @@ def main(argv=None):
             line = (f"step {done}/{args.steps} | loss {loss_all:.4f} "
                     f"(kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f}) | agree {agree:.1%}")
             write_log(args, f"{line} | gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
-                      {"step": done, "loss": loss_all, "kl_ts": kl_ts, "kl_st": kl_st, "ce": ce, "agree": agree,
-                       "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb})
+                      {"step": done, "loss": loss_all, "kl_ts": kl_ts, "kl_st": kl_st, "ce": ce,
+                       "agree": agree, "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb})
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, {"run": run})
     if rank == 0:
         if args.steps == 0:  # nothing to train, but whoever asked wants a model there
             save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, {"run": run})
         after = vlm.language_model.state_dict()
-        assert all(torch.equal(after[k], v) for k, v in before.items()), "the frozen language model has changed"
+        assert all(torch.equal(after[k], v) for k, v in before.items()), "the frozen LLM has changed"
         print(f"stage 2 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
         if args.evaluate:
             evaluation.main([args.init, args.out, "--data", args.data])
