@@ -28,7 +28,7 @@ def test_line_counts_are_true_and_within_budget():
         lines = read(name).count("\n")
         assert f"| `{name}` | {lines} |" in read("README.md"), f"{name} has {lines} lines"
         assert lines <= limit, f"{name} has {lines} lines, its budget is {limit}"
-        assert max(map(len, read(name).splitlines())) <= 118, name
+        assert max(map(len, read(name).splitlines())) <= 120, name
 
 
 def test_ci_runs_the_readme_command():
