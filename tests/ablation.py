@@ -52,6 +52,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "ablation.json")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     for seed in map(str, args.seeds):
         at, common = lambda name: os.path.join(args.out, seed, name), ["--seed", seed]
         new = {"stage1": run(stage1_text_sft, at("stage1"), common)}
