@@ -1,6 +1,6 @@
 """Make the embedded backbones from nothing: tokenizer, SigLIP-style encoder, projector and Qwen2-style LLM.
 
-    python tiny/pretrain.py                 # about 80 minutes on 2 CPU cores; writes tiny/ (README.md there has the log)
+    python tiny/pretrain.py                 # hours or less on 2 CPU cores; writes tiny/ (README.md there has the log)
     python tiny/pretrain.py --steps 20 --joint 20 --pool 200 --out tiny_new        # does it run at all
 
 They stand in, offline, for downloading an aligned SigLIP + Qwen2, and get the same kind of schooling: they read text in
@@ -9,7 +9,7 @@ They have NEVER been shown the solution of a problem together with its picture: 
 
 Two phases:
   dense   the encoder alone: which two characters stand in each patch (it has to see before anything else pays off)
-  joint   everything, on two batches a step (weights in MIX):
+  joint   everything, on two batches a step (weights in MIX_PICTURES, MIX_TEXT):
           pictures    read the numeric labels, read the question, compute with numbers found in a random picture, solve a
                       textual problem with a random picture beside it (a picture must not make it forget the text)
           text        the same computing with the numbers in the text, plain arithmetic, picking an option, textual problems
