@@ -319,7 +319,7 @@ def write(draw, text, col, row, size):
 
 def place(free, text, x, y):
     """The free run of cells nearest to (x, y), as (col, row). `free`, one string a row, "." = free, is updated.
-    Even columns only, so a patch of tiny/ holds characters of ONE label: its language model then reads sooner."""
+    Even columns only, so a patch of tiny/ holds characters of ONE label: ours, meant to make reading easy."""
     n, room = len(text), "." * len(text)
     spots = [((c + n / 2 - x) ** 2 + (2 * w + 1 - y) ** 2, c, w)  # squared distance first, for min
              for w in range(QUESTION_ROWS, ROWS) for c in range(0, COLS - n + 1, 2) if free[w].startswith(room, c)]

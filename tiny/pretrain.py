@@ -1,6 +1,6 @@
 """Make the embedded backbones from nothing: tokenizer, SigLIP-style encoder, projector and Qwen2-style LLM.
 
-    python tiny/pretrain.py                 # hours or less on 2 CPU cores; writes tiny/ (README.md there has the log)
+    python tiny/pretrain.py                 # an hour's work for 2 CPU cores; README.md beside this has the log and times
     python tiny/pretrain.py --steps 20 --joint 20 --pool 200 --out tiny_new        # does it run at all
 
 They stand in, offline, for downloading an aligned SigLIP + Qwen2, and get the same kind of schooling: they read text in
