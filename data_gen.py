@@ -134,21 +134,21 @@ def corner(p, q, s):  # the square of a right angle at q, between q-p and q-s
 
 def exterior_angle(r):  # an angle outside a triangle is the sum of the two far ones inside
     names, a, b = r.choice(NAMES), r.randint(20, 85), r.randint(20, 75)
-    A, B, C, D = (r.uniform(6, 9), 8), (2, 16), (r.uniform(11, 12), 16), (16, 16)  # B, C, D lie on one line
+    A, B, C, D = (r.uniform(7, 9), 8), (2, 16), (r.uniform(11, 12), 16), (16, 16)  # B, C, D lie on one line
     return dict(names=names, numbers=(a, b), work=f"{a}+{b}={a + b}.", unit="°", lines=[(A, B, D), (A, C)],
         text=f"ABC is a triangle. | D is on the extension of BC. | angle A={a}°, angle B={b}°. | Find angle ACD.",
         leads=["ACD is an exterior angle, so it is ", "", f"angle A={a} and angle B={b}. The far angles add: "],
         labels=[("A", A[0], 6.5), ("B", 1, 17), ("C", C[0], 17.5), ("D", 17, 16),
-                (f"{a}°", *mix(A, mix(B, C), .4), ""), (f"{b}°", *mix(B, mix(A, C), .45), "")])
+                (f"{b}°", *mix(B, mix(A, C), .45), ""), (f"{a}°", *mix(A, mix(B, C), .55), "")])
 
 def isosceles_triangle(r):  # equal sides stand on equal base angles
-    names, base = r.choice(NAMES), r.randint(20, 80)
-    A, B, C = (r.uniform(8.5, 9.5), 7.5), (r.uniform(2, 3.5), 16), (r.uniform(14.5, 16), 16)
+    names, (given, find) = r.choice(NAMES), r.sample("AB", 2)  # A is the apex
+    base = r.randint(41 if given == "A" else 15, 80)  # an apex of three digits would not fit under its corner
     both, apex = 2 * base, 180 - 2 * base  # the angles of a triangle add up to 180
-    given, find = ("A", "B") if r.random() < .5 else ("B", "A")  # A is the apex
+    A, B, C = (r.uniform(8.5, 9.5), 7.5), (r.uniform(2, 3.5), 16), (r.uniform(14.5, 16), 16)
     a, at = (apex, (A[0], 13)) if given == "A" else (base, mix(B, mix(A, C), .38))
     work = f"180-{apex}={both}. {both}/2={base}." if given == "A" else f"{base}*2={both}. 180-{both}={apex}."
-    return dict(names=names, numbers=(a, find == "A"), work=work, unit="°",
+    return dict(names=names, numbers=(given, a), work=work, unit="°",
         text=f"ABC is a triangle. | AB=AC. | angle {given}={a}°. | Find angle {find}.",
         leads=["", "The base angles are equal. ", f"angle {given}={a}. "],
         lines=[(A, B, C, A), tick(A, B), tick(A, C)], labels=[*outside(A, B, C), (f"{a}°", *at, "")])
@@ -158,19 +158,23 @@ def rectangle(r):  # area multiplies the sides, perimeter adds them
     x, y, w, h = r.uniform(3, 4), r.uniform(8, 9), r.uniform(9, 11), r.uniform(5.5, 6.5)
     A, B, C, D = (x, y), (x + w, y), (x + w, y + h), (x, y + h)
     find = "area" if r.random() < .5 else "perimeter"
-    return dict(names=names, numbers=(a, b, find), lines=[(A, B, C, D, A), corner(A, B, C), corner(C, D, A)],
+    return dict(names=names, numbers=(a, b), lines=[(A, B, C, D, A), corner(A, B, C), corner(C, D, A)],
         text=f"ABCD is a quadrilateral. | All its angles are right angles. | AB={a}, BC={b}. | Find the {find}.",
         leads=["", f"AB={a} and BC={b}. ", "It is a rectangle. "],
         work=f"{a}*{b}={a * b}." if find == "area" else f"{a}+{b}={a + b}. {a + b}*2={2 * (a + b)}.",
         labels=[*outside(A, B, C, D), (f"{a}", x + w / 2, y - 1, ""), (f"{b}", x + w + 1.5, y + h / 2, "")])
 
 def circle_diameter(r):  # an angle over a diameter is a right angle (Thales)
-    names, a, t, R = r.choice(NAMES), r.randint(15, 75), math.radians(r.uniform(246, 262)), 5.7  # C at t
-    A, B, C = (9 - R, 12), (9 + R, 12), (9 + R * math.cos(t), 12 + R * math.sin(t))
-    return dict(names=names, numbers=(a,), work=f"90-{a}={90 - a}.", unit="°", arcs=[(9, 12, R, R, 0, 360)],
-        text=f"A, B and C are on circle O. | AB is a diameter. | angle A={a}°. | Find angle B.",
-        leads=["", "Angle C is a right angle, so ", f"angle A={a}. "], lines=[(A, B, C, A), ((9, 11.7), (9, 12.3))],
-        labels=[("A", 2.3, 13), ("B", 15.7, 13), ("C", 4, 7), ("O", 9, 15), (f"{a}°", 6.5, 11, "")])
+    names, a, t, R = r.choice(NAMES), r.randint(15, 75), math.radians(r.uniform(8, 24)), 5.7
+    given, find = r.sample("AB", 2)
+    side = -1 if given == "A" else 1  # C leans to the given angle: room for the number in it
+    A, B, C = (9 - R, 12), (9 + R, 12), (9 + side * R * math.sin(t), 12 - R * math.cos(t))
+    return dict(names=names, numbers=(given, a), work=f"90-{a}={90 - a}.", unit="°",
+        text=f"A, B and C are on circle O. | AB is a diameter. | angle {given}={a}°. | Find angle {find}.",
+        leads=["", "Angle C is a right angle, so ", f"angle {given}={a}. "],
+        lines=[(A, B, C, A), ((9, 11.7), (9, 12.3))], arcs=[(9, 12, R, R, 0, 360)],
+        labels=[("A", 2.3, 13), ("B", 15.7, 13), ("C", 9 + 5 * side, 7), ("O", 9, 15),
+                (f"{a}°", 9 + 2.5 * side, 11, "")])
 
 def box_volume(r):  # volume is base area times height
     a, b, h = r.randint(2, 9), r.randint(2, 9), r.randint(2, 6)
@@ -178,7 +182,7 @@ def box_volume(r):  # volume is base area times height
     A, B, C, D = (x, y), (x + w, y), (x + w, y + 5), (x, y + 5)  # the front face
     E, F, G, H = [(u + d, v - d) for u, v in (A, B, C, D)]  # the face behind it
     find, last = ("volume", f" {a * b}*{h}={a * b * h}.") if r.random() < .6 else ("base area", "")
-    return dict(numbers=(a, b, h, find), work=f"{a}*{b}={a * b}." + last,
+    return dict(numbers=(a, b, h), work=f"{a}*{b}={a * b}." + last,
         text=f"The solid is a box. | All its faces are rectangles. | a={a}, b={b}, h={h}. | Find the {find}.",
         leads=["", f"a={a}, b={b}. ", f"The base is {a} by {b}. "],
         lines=[(A, B, C, D, A, E, F, B), (F, G, C), *dashed(D, H), *dashed(H, G), *dashed(H, E)],
@@ -188,7 +192,7 @@ def cylinder(r):  # volume is the base circle times height, lateral area its cir
     a, h, x, R, t = r.randint(2, 9), r.randint(2, 9), r.uniform(8, 10), r.uniform(3.5, 4.5), r.uniform(7, 8)
     top, foot, left, right = (x, 8), (x, 8 + t), (x - R, 8), (x + R, 8)
     find, c = ("volume", a) if r.random() < .5 else ("lateral area", 2)  # pi a a h or pi 2 a h
-    return dict(numbers=(a, h, find), work=f"{c}*{a}={c * a}. {c * a}*{h}={c * a * h}.", unit="pi",
+    return dict(numbers=(a, h), work=f"{c}*{a}={c * a}. {c * a}*{h}={c * a * h}.", unit="pi",
         text=f"The solid is a cylinder. | h is perpendicular to r. | r={a}, h={h}. | Find the {find}.",
         leads=["", f"r={a} and h={h}. ", "Leave pi to the end. "],
         lines=[(left, (x - R, 8 + t)), (right, (x + R, 8 + t)), (top, right), *dashed(top, foot)],
@@ -196,7 +200,7 @@ def cylinder(r):  # volume is the base circle times height, lateral area its cir
         labels=[(f"r={a}", x + R + 3, 8, "r"), (f"h={h}", x - R - 2, 8 + t / 2, "h")])
 
 def cone(r):  # a third of the cylinder around it
-    a, k, x, R = r.randint(2, 9), r.randint(1, 9), r.uniform(8, 10), r.uniform(4, 5)  # h = 3k
+    a, k, x, R = r.randint(2, 10), r.randint(1, 12), r.uniform(8, 10), r.uniform(4, 5)  # h = 3k
     top, foot, rim = (x, 7), (x, 15), (x + R, 15)
     return dict(numbers=(a, k), work=f"{3 * k}/3={k}. {a}*{a}={a * a}. {a * a}*{k}={a * a * k}.", unit="pi",
         text=f"The solid is a cone. | h is perpendicular to r. | r={a}, h={3 * k}. | Find the volume.",
@@ -205,7 +209,7 @@ def cone(r):  # a third of the cylinder around it
         labels=[(f"r={a}", x + R / 2, 17, "r"), (f"h={3 * k}", x - R - 2, 11, "h")], arcs=[(x, 15, R, 1, 0, 180)])
 
 def square_pyramid(r):  # a third of the box around it
-    a, k, x, w, d = r.randint(2, 9), r.randint(1, 9), r.uniform(2.5, 4), r.uniform(8, 9), r.uniform(2.5, 3.5)
+    a, k, x, w, d = r.randint(2, 10), r.randint(1, 12), r.uniform(2.5, 4), r.uniform(8, 9), r.uniform(2.5, 3.5)
     A, B, C, D = (x, 16), (x + w, 16), (x + w + d, 13), (x + d, 13)  # the base, seen from the front
     top, foot = (x + (w + d) / 2, 7), (x + (w + d) / 2, 14.5)  # the height stands on the middle of the base
     return dict(numbers=(a, k), work=f"{3 * k}/3={k}. {a}*{a}={a * a}. {a * a}*{k}={a * a * k}.",
@@ -232,7 +236,7 @@ def slope(r):  # rise over run
         text=f"The graph is a line. | A and B are on the line. | A({x1},{y1}), B({x2},{y2}). | Find the slope.",
         leads=["", "Divide the rise by the run. ", f"A({x1},{y1}), B({x2},{y2}). "],
         lines=[*AXES, (mix(A, B, -.25), mix(A, B, 1.25)), tick(mix(A, B, -1), B), tick(A, mix(A, B, 2))],
-        labels=[(f"A({x1},{y1})", A[0] + 5, A[1] + .5, "A"), (f"B({x2},{y2})", B[0] - 6, B[1] - 1, "B")])
+        labels=[(f"A({x1},{y1})", A[0] + 5, A[1] + .5, f"{'A':6}"), (f"B({x2},{y2})", B[0] - 5, B[1] - 1, f"{'B':>6}")])
 
 def parabola_value(r):  # put x into the equation of a parabola
     h, k, d, name = r.randint(1, 9), r.randint(1, 9), r.randint(1, 9), r.choice("PQRS")
@@ -246,7 +250,7 @@ def parabola_value(r):  # put x into the equation of a parabola
         labels=[("A", px + 1.5, py + .5), (f"y=(x-{h})^2+{k}", 9, 7, ""), (f"x={x}", px, 17, "")])
 
 def x_intercept(r):  # a graph meets the x-axis where y is 0
-    a, x, name = r.randint(2, 9), r.randint(2, 12), r.choice("PQRS")
+    a, x, name = r.randint(2, 12), r.randint(2, 12), r.choice("PQRS")
     zero, top = (r.uniform(7, 10), 15.5), (r.uniform(14, 16), r.uniform(8.5, 9.5))  # zero: on the axis
     return dict(names=name, numbers=(a, x), work=f"{a}x={a * x}. {a * x}/{a}={x}.",
         text=f"The graph is a line. | A is on the x-axis. | y={a}x-{a * x}. | Find x at A.",
@@ -279,8 +283,7 @@ def make_problem(split, i, seed=0):
     r.shuffle(options)  # the right one was last
     question = " ".join([p["question"], *(f"{c}.{o}" for c, o in zip("ABCD", options))])
     if r.random() < .25 and len(textwrap.wrap(question, COLS)) <= QUESTION_ROWS:  # a quarter (ours), if drawable
-        p |= dict(question=question, choices=options, kind="choice", answer="ABCD"[options.index(p["answer"])])
-        steps += f" That is {p['answer']}."
+        p |= dict(question=question, choices=options, kind="choice_text")  # text, not letter: see README, Results
     return p | {"id": f"{split}-{i:06d}", "output": f"{steps} †Answer: {p['answer']}"}  # released rows' mark
 
 def text_of(p, version):
@@ -308,7 +311,7 @@ def write(draw, text, col, row, size):
     """One run of characters in the cells (col .., row). -> {(col, row): character}, blanks left out"""
     if not re.fullmatch("[ -~°]*", text):
         raise ValueError(f"no glyph for a character of {text!r}: use ASCII and °")
-    u = size / COLS
+    u, col, text = size / COLS, col + len(text) - len(text.lstrip()), text.strip()  # outer blanks keep room only
     if size == DEFAULT_SIZE:  # bitmap: crisp, one character per cell
         draw.text((round(col * u), round(row * 2 * u)), text.encode("latin-1"), font=bitmap_font(), fill=0)
     else:  # outlines, 80 % of a cell high, smaller when the run is wider than its cells
@@ -333,7 +336,8 @@ def draw_problem(p, size=DEFAULT_SIZE):
     """The three pictures of a problem and where their characters stand.
     -> ({"figure", "labelled", "question": size x size grey images}, {same keys: {(col, row): character}})"""
     base, pictures, cells = draw_strokes(p, size), {}, {}
-    ink = base.resize((COLS, ROWS), Image.Resampling.BOX).tobytes()  # mean of each cell, 255: no stroke
+    small = base if size == DEFAULT_SIZE else draw_strokes(p, DEFAULT_SIZE)  # so labels stand alike at any size
+    ink = small.resize((COLS, ROWS), Image.Resampling.BOX).tobytes()  # mean of each cell, 255: no stroke
     blank = ["".join("." if v == 255 else "#" for v in ink[w * COLS:(w + 1) * COLS]) for w in range(ROWS)]
     for kind in ("figure", "labelled"):
         image, at, free = base.copy(), {}, list(blank)

@@ -1,18 +1,19 @@
 """Make the embedded backbones from nothing: tokenizer, SigLIP-style encoder, projector and Qwen2-style LLM.
 
     python tiny/pretrain.py                 # an hour's work for 2 CPU cores; README.md beside this has the log and times
-    python tiny/pretrain.py --steps 20 --joint 20 --pool 200 --out tiny_new        # does it run at all
+    python tiny/pretrain.py --dense 20 --text 20 --joint 20 --pool 200 --out tiny_new        # does it run at all
 
 They stand in, offline, for downloading an aligned SigLIP + Qwen2, and get the same kind of schooling: they read text in
 pictures, caption figures, do arithmetic, answer easy questions about made-up pictures and have seen textual problems.
 They have NEVER been shown the solution of a problem together with its picture: teaching that is what the stages do.
 
-Two phases:
+Three phases:
   dense   the encoder alone: which two characters stand in each patch (it has to see before anything else pays off)
+  text    the language model alone, on the text batches of the next phase: a step costs a third of a joint one
   joint   everything, on two batches a step (weights in MIX_PICTURES, MIX_TEXT):
           pictures    read the numeric labels, read the question, compute with numbers found in a random picture, solve a
                       textual problem with a random picture beside it (a picture must not make it forget the text)
-          text        the same computing with the numbers in the text, plain arithmetic, picking an option, textual problems
+          text        the same computing with the numbers in the text, plain arithmetic, textual problems
 """
 import argparse
 import math
@@ -33,8 +34,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from data_gen import COLS, DEFAULT_SIZE, QUESTION_ROWS, ROWS, SINK, draw_problem, make_problem, place, text_of, write  # noqa: E402
 from model import IGNORE, IMAGE_TOKEN, Batch, build, collate, encode_example, save_vlm  # noqa: E402
 
-MIX_PICTURES = {"labels": .35, "question": .15, "compute": .35, "aside": .15}
-MIX_TEXT = {"problem": .45, "arithmetic": .25, "compute": .15, "choose": .15}
+MIX_PICTURES = {"labels": .3, "question": .15, "compute": .35, "aside": .2}
+MIX_TEXT = {"problem": .55, "arithmetic": .25, "compute": .2}
 PATCH = 12  # two cells of 6 x 12 pixels: every patch holds exactly two characters
 CHARS = [chr(c) for c in range(33, 127)] + ["°"]
 
@@ -43,13 +44,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", default=os.path.dirname(os.path.abspath(__file__)), help="folder to write")
-    add("--steps", type=int, default=200, help="steps of the dense phase")
-    add("--joint", type=int, default=3300, help="steps of the joint phase")
+    add("--dense", type=int, default=200, help="steps of the dense phase")
+    add("--text", type=int, default=1200, help="steps of the text phase")
+    add("--joint", type=int, default=2800, help="steps of the joint phase")
     add("--pool", type=int, default=12000, help="pictures of problems, and as many random ones, drawn beforehand")
     add("--batch", type=int, default=32, help="rows in each of the two batches of a step")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of the joint phase")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of each phase")
     add("--seed", type=int, default=0)
-    add("--init", default=None, help="folder to continue from (skips the dense phase)")
     return parser.parse_args(argv)
 
 
@@ -112,14 +113,6 @@ def computing(r):
     }[op]
     r.shuffle(labels)
     return labels, asked, answer
-
-
-def choosing(r):
-    """Which of four options is it -> (prompt, answer)."""
-    unit, first = r.choice(["", "°", "pi"]), number(r)
-    values = r.sample(range(max(1, first - 12), first + 12), 4)
-    k = r.randrange(4)
-    return " ".join(f"{c}.{v}{unit}" for c, v in zip("ABCD", values)) + f" Which is {values[k]}?", f"{values[k]}. That is {'ABCD'[k]}."
 
 
 def random_picture(labels, r):
@@ -186,8 +179,6 @@ def text_rows(task, r, n):
     if task == "problem":
         some = [make_problem("train", r.randrange(10 ** 6), 1) for _ in range(n)]
         return [(text_of(p, "text_only"), p["output"]) for p in some]
-    if task == "choose":
-        return [choosing(r) for _ in range(n)]
     if task == "compute":
         return [(", ".join(labels) + ". " + asked, answer) for labels, asked, answer in (computing(r) for _ in range(n))]
     rows = []
@@ -233,9 +224,6 @@ def main(argv=None):
         "text_config": dict(vocab_size=-(-len(tokenizer) // 16) * 16, hidden_size=128, intermediate_size=384, num_hidden_layers=5,
                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
                             bos_token_id=None, eos_token_id=special("<|im_end|>"), pad_token_id=special("<|endoftext|>"))})
-    if args.init:
-        from model import load_vlm
-        vlm, tokenizer = load_vlm(args.init)
     reader = torch.nn.Linear(128, 2 * (len(CHARS) + 1))  # thrown away at the end
     print({n: f"{sum(p.numel() for p in m.parameters()):,}" for n, m in vlm.named_children()}, "vocabulary", len(tokenizer))
     pool = make_pool(args.pool, args.seed)
@@ -253,16 +241,16 @@ def main(argv=None):
         recall = (logits.argmax(-1) == cells)[written].float().mean()
         return (each[written].mean() + each[~written].mean()) / 2, recall
 
-    def run(name, steps, lr, named, loss_of):
+    def run(name, steps, named, loss_of):
         hidden = [p for n, p in named if p.ndim == 2 and "embed" not in n]  # Muon (torch.optim) for matrices between layers,
         rest = [p for n, p in named if not (p.ndim == 2 and "embed" not in n)]  # AdamW for embeddings, norms and biases
         parameters = hidden + rest
-        optimizers = (torch.optim.Muon(hidden, lr=lr, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=0, fused=True))
+        optimizers = (torch.optim.Muon(hidden, lr=args.lr, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(rest, lr=args.lr, betas=(.9, .98), weight_decay=0, fused=True))
         seen, begun = [], time.time()
         for step in range(steps):
             for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = lr * min((step + 1) / min(100, steps), .02 + .98 * .5 * (1 + math.cos(math.pi * step / steps)))
+                group["lr"] = args.lr * min((step + 1) / min(100, steps), .02 + .98 * .5 * (1 + math.cos(math.pi * step / steps)))
             loss, logged = loss_of()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -282,16 +270,22 @@ def main(argv=None):
         loss, recall = read_loss(vlm.vision_model(pixel_values=pixels).last_hidden_state, torch.from_numpy(np.stack([row[1] for row in rows])))
         return loss, (loss, recall)
 
+    def draw(mix):
+        return r.choices(list(mix), list(mix.values()))[0]
+
+    def text():
+        loss = answer_loss(vlm, to_batch(tokenizer, text_rows(draw(MIX_TEXT), r, args.batch), P))
+        return loss, (loss,)
+
     def joint():
-        draw = lambda mix: r.choices(list(mix), list(mix.values()))[0]
         pictures = answer_loss(vlm, to_batch(tokenizer, picture_rows(pool, draw(MIX_PICTURES), r, args.batch), P))
-        text = answer_loss(vlm, to_batch(tokenizer, text_rows(draw(MIX_TEXT), r, args.batch), P))
-        return pictures + text, (pictures, text)
+        words, _ = text()
+        return pictures + words, (pictures, words)
 
     vlm.train()
-    if not args.init:
-        run("dense", args.steps, 2e-3, [*vlm.vision_model.named_parameters(), *reader.named_parameters()], dense)
-    run("joint", args.joint, args.lr, list(vlm.named_parameters()), joint)
+    run("dense", args.dense, [*vlm.vision_model.named_parameters(), *reader.named_parameters()], dense)
+    run("text", args.text, list(vlm.language_model.named_parameters()), text)
+    run("joint", args.joint, list(vlm.named_parameters()), joint)
     print(f"wrote {args.out}, {time.time() - start:.0f} s")
 
 
