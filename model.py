@@ -193,7 +193,8 @@ def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer
 def read_rows(path, fields=("image_url", "instruction", "output")):
     """A JSONL file as a list of dicts that all have these fields, as strings, and whose pictures exist.
 
-    Exits with file:line and what is wrong at the first row that cannot be used: a silent skip would change the data.
+    Exits with file:line and what is wrong at the first row that cannot be used: a silent skip would change the
+    data.  Asked for output_2 as well, it also refuses a pair with two different answers.
     """
     if not os.path.exists(path):
         sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data folder")
@@ -210,6 +211,8 @@ def read_rows(path, fields=("image_url", "instruction", "output")):
                     picture = os.path.join(root, row[field])
                     if field.startswith("image_url") and row[field] and not os.path.isfile(picture):
                         raise ValueError(f"row {row.get('id', '?')}: picture {picture} does not exist")
+                if "output_2" in fields and row["output"] != row["output_2"]:
+                    raise ValueError(f"the answers of a pair differ: {row['output']!r} and {row['output_2']!r}")
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 sys.exit(f"{path}:{number}: {error}")
             rows.append(row)

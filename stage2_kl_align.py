@@ -15,6 +15,7 @@ Differs from the released code in: the README's section "Paper, released code, t
 """
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -37,51 +38,34 @@ from model import (IGNORE, finished, load_vlm, make_batch, peak_gigabytes, read_
 
 TRAINABLE = ("vision_model", "projector")  # the language model is frozen and must come out bit-identical
 
-
 def make_parser():
     """script = default of the released training script, reported = the paper's value, quoted from memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--init", default="out/stage1",
-        help="model folder to start from; out/stage1 is made first when missing")
+    add("--init", default="out/stage1", help="model folder to start from; out/stage1 is made when missing")
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage2", help="run folder for checkpoints and metrics")
-    add("--pairs", default="top", choices=list(data_gen.PAIRS),
-        help="teacher: the text, or the level above (paper)")
-    add("--alpha", type=float, default=0.5,
-        help="share of KL(teacher || student) in the KL (reported .2, script .5)")
-    add("--lam", type=float, default=0.5,
-        help="share of the KL in the loss, rest: hard loss (reported, script .1)")
-    add("--tau", type=float, default=1.0,
-        help="temperature of both softmaxes in the KL (reported and script: 1)")
-    add("--standardize", action=argparse.BooleanOptionalAction, default=False,
-        help="logits / their std (script: on)")
-    add("--kernel", default="auto", choices=["auto", "eager"], help="how the loss is computed")
-    add("--steps", type=int, default=270,
-        help="optimizer steps (ours: 0.7 passes over the default data)")
+    add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: the text, or one level up")
+    add("--alpha", type=float, default=0.5, help="share of KL(teacher || student) (reported .2, script .5)")
+    add("--lam", type=float, default=0.5, help="share of the KL; the rest: hard loss (reported, script .1)")
+    add("--tau", type=float, default=1.0, help="temperature of both softmaxes in KL (reported, script: 1)")
+    add("--standardize", action=argparse.BooleanOptionalAction, default=False, help="z / std (script: on)")
+    add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: triton on CUDA")
+    add("--steps", type=int, default=270, help="optimizer steps (ours: 0.7 passes over the default data)")
     add("--batch", type=int, default=32, help="pairs a step, all processes together (reported: 64)")
-    add("--micro_batch", type=int, default=32,
-        help="pairs a forward pass; smaller saves memory, the result is the same")
-    add("--lr", type=float, default=1e-3,
-        help="peak learning rate (reported: 5e-5; ours: a small model needs more)")
-    add("--warmup", type=float, default=0.02,
-        help="share of the steps with a rising learning rate (reported)")
-    add("--weight_decay", type=float, default=0.1,
-        help="AdamW's, on matrices only (reported and script: 0.1)")
+    add("--micro_batch", type=int, default=32, help="pairs a forward pass; smaller saves memory, same result")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (reported: 5e-5; a small one needs more)")
+    add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
+    add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
     add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
-    add("--max_length", type=int, default=1024,
-        help="tokens of prompt and answer with image tokens (script: 2048)")
+    add("--max_length", type=int, default=1024, help="tokens of prompt, image and answer (script: 2048)")
     add("--seed", type=int, default=3407, help="decides the order of the rows (script: 3407)")
-    add("--log_every", type=int, default=10, help="steps from one log line to the next")
-    add("--save_every", type=int, default=500,
-        help="steps from one checkpoint to the next; the last is always saved")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="continue a run in --out, or start over")
-    add("--evaluate", action=argparse.BooleanOptionalAction, default=True,
-        help="end with accuracy before and after")
+    add("--log_every", type=int, default=10, help="steps between log lines")
+    add("--save_every", type=int, default=500, help="steps between checkpoints; the last is always saved")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from --out")
+    add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with the table")
     add("--show", type=int, default=None, metavar="I", help="print pair I token by token instead of training")
     return parser
-
 
 # >>> identical in stage1/2/3: flags
 def parse_args(argv=None):
@@ -96,7 +80,6 @@ def parse_args(argv=None):
     return args
 # <<<
 
-
 # >>> identical in stage1/2/3: distributed
 def setup_distributed():
     """-> (rank, world size, device). torchrun starts the processes and tells each who it is."""
@@ -109,14 +92,12 @@ def setup_distributed():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
-
 def total(*values, device):
     """Sums over all processes. float64, so that counts of tokens stay exact."""
     t = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(t)
     return t.tolist()
-
 
 def prepare_data(args, rank):
     """Make the data set when there is none. One process does it, the others wait."""
@@ -127,7 +108,6 @@ def prepare_data(args, rank):
         dist.barrier()
 # <<<
 
-
 # >>> identical in stage1/2/3: schedule and order
 def learning_rate(step, args):
     """Linear warm-up to --lr, then a cosine that would reach 0 one step after the last."""
@@ -136,11 +116,9 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
 
-
 @functools.lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
 def shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
-
 
 def rows_of_step(step, n, args):
     """Row numbers of a global batch: a function of the step alone.
@@ -152,7 +130,6 @@ def rows_of_step(step, n, args):
     return [int(shuffled(n, args.seed, place // n)[place % n]) for place in places]
 # <<<
 
-
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
     """AdamW over exactly the trainable parameters. Norms and biases are not decayed: they only set scales."""
@@ -162,14 +139,12 @@ def make_optimizer(vlm, args):
               {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))  # betas: reported
 
-
 def write_log(args, line, numbers):
     """One fixed sentence for the reader, the same numbers for a plot."""
     tqdm.write(line)  # not print: it would tear the progress bar
     with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(numbers) + "\n")
 # <<<
-
 
 # ============================================================================================================
 # The loss.  At one answer position: z_t the teacher's logits (strong form, no gradient), z_s the student's
@@ -211,10 +186,26 @@ def write_log(args, line, numbers):
 #     std^2 = h^T C h,   C = covariance of the rows of W: (H, H), a constant while W is frozen            (12)
 #
 # so a_s = 1 / (tau std) is an ordinary function of hs.  The chunks below return dL/da_s = sum g z_s.
+#
+# Memory traffic.  A chunk of n rows in bfloat16: the product (5) writes T and D, 4 n V bytes; visit 1 of the
+# kernel reads both (4), visit 2 reads both and writes G over D (6), the product (11) reads G (2).  Together
+# 16 n V bytes, 10 of them the kernel's, for which align_rows, one operation at a time in float32, moves about
+# 260 (count its operations).  What remains is arithmetic: three products of 2 N H V operations.  So: the
+# products to cuBLAS, all that stands between them into ONE kernel, and no third visit.
+#
+# Why two visits are enough: (9) needs L_RKL of the whole row, and by (7)
+#     L_RKL = sum q delta = sum q e - dL = B / Z_s - dL,   B = sum exp(s - max s) e                      (13)
+# B and both Z can be summed in one visit with a running maximum M: when a larger one comes, what was summed
+# so far is multiplied by exp(M_old - M_new).  Not flash style, which never stores logits: it has to make them
+# twice, 10 N H V operations instead of 6.
+#
+# When not to use it: W differs between teacher and student (then D does not exist), or N V is so small that
+# logits fit into a cache anyway: tiny/ on a CPU gains nothing, its eager chunks are the same formulas.
 # ============================================================================================================
-CHUNK_ELEMENTS = 2 ** 20  # rows x V of a chunk: 4 MB a tensor, a dozen of them stays near the caches
+CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk; 4 MB a tensor, a dozen of them stays near the caches
+CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, half the rows)
+constexpr = "constexpr"  # what Triton calls tl.constexpr; the name itself would need the import up here
 _covariance = [lambda: None, None, None]  # for (12): weak reference to W, its version and n_vocab, C
-
 
 def row_scale(h, weight, n_vocab, tau, standardize):
     """a of a softmax: 1 / tau for every row, or 1 / (tau * std of the row's logits). -> (N,) float32"""
@@ -227,55 +218,156 @@ def row_scale(h, weight, n_vocab, tau, standardize):
     std = ((h @ _covariance[2]) * h).sum(-1).clamp_min(0).sqrt()  # (N,)  (12)
     return 1 / (tau * (std + 1e-6))  # 1e-6: the released code's
 
+def align_rows(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
+    """Equations (6)-(10) for n rows, one operation after the other: the reference for the kernel below.
 
-class ChunkedKLAlign(torch.autograd.Function):
-    """Equations (5)-(11) for a few rows at a time: no (N, V) tensor ever exists.
+    slab            (2n, V) T above D of (5), any float dtype.  D is lost: if train, G (10) takes its place
+    a_t, a_s        (n,) float32, scales of the two softmaxes;  labels (n,) int64, negative: no hard loss
+    w_f, w_r, w_c   weights of L_FKL, L_RKL, L_hard in the gradient
+    rescaled        whether any scale is not 1: then softmax(z_s) of the hard loss is not q
+    returns         (n, 4) float32: L_FKL, L_RKL, L_hard and dL/da_s of each row
+    """
+    T, D = slab.float().chunk(2)  # (n, V) each
+    z = T + D  # (n, V)
+    at, as_ = a_t[:, None], a_s[:, None]  # (n, 1)
+    t, e = (at * T, as_ * D + (as_ - at) * T) if rescaled else (T, D)  # (n, V)
+    s = t + e if rescaled else z  # (n, V)
+    m_t, m_s = t.amax(-1, keepdim=True), s.amax(-1, keepdim=True)  # (n, 1)
+    p, q = (t - m_t).exp_(), (s - m_s).exp_()  # (n, V)
+    Z_t, Z_s = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)  # (n, 1)
+    y, known = labels[:, None].clamp_min(0), labels[:, None] >= 0  # (n, 1)
+    lse = torch.logsumexp(z, -1, keepdim=True) if rescaled else m_s + Z_s.log()  # (n, 1)
+    hard = (lse - z.gather(1, y)) * known  # (n, 1)  (3)
+    p, q = p.div_(Z_t), q.div_(Z_s)
+    delta = e.sub_((m_s - m_t) + (Z_s / Z_t).log())  # (n, V)  (6) (7)
+    # p (exp(delta) - 1) keeps the digits of q - p when both are close, but can overflow otherwise
+    diff = torch.where(delta.abs() < 0.5, p * torch.expm1(delta), q - p)  # (n, V)
+    q_delta = q * delta
+    fkl, rkl = (diff - p.mul_(delta)).sum(-1), (q_delta - diff).sum(-1)  # (n,)  (8)
+    da = torch.zeros_like(fkl)
+    if train:
+        g = diff.mul_(w_f).add_(q_delta.sub_(q * rkl[:, None]), alpha=w_r)  # (n, V)  (9)
+        if rescaled:
+            da = (g * z).sum(-1)
+            g, q = g.mul_(as_), (z - lse).exp_()
+        g.addcmul_(q, w_c * known).scatter_add_(1, y, -w_c * known.float())  # (10)
+        slab[len(T):] = g
+    return torch.stack([fkl, rkl, hard[:, 0], da], 1)
+
+def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w_c, V: constexpr, BLOCK: constexpr,
+                     RESCALED: constexpr, TRAIN: constexpr):
+    """align_rows for Triton: one program a row, which visits the row twice, BLOCK columns at a time.
+
+    Arithmetic is float32 whatever the slab holds.  V is a constant: real vocabularies do not change in a run.
+    """
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride goes beyond 2^31
+    T, D, cols = slab + row * stride, slab + (row + n) * stride, tl.arange(0, BLOCK)
+    a_t, a_s, y = tl.load(a_t_of + row), tl.load(a_s_of + row), tl.load(label_of + row)
+    known = y >= 0
+    at_y = tl.where(known, y, 0)
+    z_y = tl.load(T + at_y).to(tl.float32) + tl.load(D + at_y).to(tl.float32)
+    low = -float("inf")
+    m_t, m_s, m_z, Z_t, Z_s, Z_z, B = low, low, low, 0.0, 0.0, 0.0, 0.0
+    for i in range(0, V, BLOCK):  # visit 1: maxima, sums and B of (13), all rescaled when a maximum grows
+        inside = i + cols < V
+        x = tl.load(T + i + cols, inside, 0.0).to(tl.float32)  # (BLOCK,) teacher's logits
+        d = tl.load(D + i + cols, inside, 0.0).to(tl.float32)  # (BLOCK,) student's minus teacher's
+        e = a_s * d + (a_s - a_t) * x
+        t = tl.where(inside, a_t * x, low)
+        s = t + e
+        M = tl.maximum(m_t, tl.max(t, 0))
+        Z_t = Z_t * tl.exp(m_t - M) + tl.sum(tl.exp(t - M), 0)
+        m_t = M
+        M = tl.maximum(m_s, tl.max(s, 0))
+        old, q = tl.exp(m_s - M), tl.exp(s - M)
+        Z_s, B, m_s = Z_s * old + tl.sum(q, 0), B * old + tl.sum(q * e, 0), M
+        if RESCALED:
+            z = tl.where(inside, x + d, low)
+            M = tl.maximum(m_z, tl.max(z, 0))
+            Z_z, m_z = Z_z * tl.exp(m_z - M) + tl.sum(tl.exp(z - M), 0), M
+    dL = (m_s - m_t) + tl.log(Z_s / Z_t)  # (6)
+    center = B / Z_s - dL  # (13)
+    lse = m_z + tl.log(Z_z) if RESCALED else m_s + tl.log(Z_s)
+    fkl, rkl, da = 0.0, 0.0, 0.0
+    for i in range(0, V, BLOCK):  # visit 2: every term, and G over D
+        inside = i + cols < V
+        x = tl.load(T + i + cols, inside, 0.0).to(tl.float32)
+        d = tl.load(D + i + cols, inside, 0.0).to(tl.float32)
+        e = a_s * d + (a_s - a_t) * x
+        t = tl.where(inside, a_t * x, low)
+        p, q, delta = tl.exp(t - m_t) / Z_t, tl.exp(t + e - m_s) / Z_s, e - dL  # (7)
+        # exp(delta) - 1 for |delta| < 1/4 by its series: the first term left out is below 2^-24 of the sum
+        near = delta * (1 + delta / 2 * (1 + delta / 3 * (1 + delta / 4 * (1 + delta / 5 * (1 + delta / 6)))))
+        diff = tl.where(tl.abs(delta) < 0.25, p * near, q - p)
+        fkl += tl.sum(diff - p * delta, 0)  # (8)
+        rkl += tl.sum(q * delta - diff, 0)
+        if TRAIN:
+            g = w_f * diff + w_r * q * (delta - center)  # (9)
+            q_raw = q
+            if RESCALED:
+                da += tl.sum(g * (x + d), 0)
+                q_raw = tl.exp(tl.where(inside, x + d, low) - lse)
+            G = a_s * g + tl.where(known, w_c * (q_raw - tl.where(i + cols == y, 1.0, 0.0)), 0.0)  # (10)
+            tl.store(D + i + cols, G.to(slab.dtype.element_ty), inside)
+    tl.store(out + 4 * row, fkl)
+    tl.store(out + 4 * row + 1, rkl)
+    tl.store(out + 4 * row + 2, tl.where(known, lse - z_y, 0.0))
+    tl.store(out + 4 * row + 3, da)
+
+@functools.cache
+def compiled_kernel():
+    """The kernel, by Triton. Imported here and not above: reading or running on a CPU needs no Triton."""
+    global tl
+    import triton
+    import triton.language as tl
+    return triton.jit(align_row_kernel, do_not_specialize=["n"])  # else another compilation for n = 1 or 16 k
+
+def align_rows_triton(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
+    """align_rows in one kernel. 16 columns a thread at most: more would spill registers."""
+    n, V = len(a_t), slab.shape[1]
+    out, block = torch.empty(n, 4, device=slab.device), min(4096, 1 << (V - 1).bit_length())
+    compiled_kernel()[(n,)](slab, a_t, a_s, labels, out, n, slab.stride(0), w_f, w_r, w_c, V=V, BLOCK=block,
+                            RESCALED=rescaled, TRAIN=train, num_warps=8)
+    return out
+
+def product(a, b):
+    """a @ b in float32. Not bfloat16 and a cast after: dX is a sum over all of V, its digits are wanted."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)  # read in bfloat16, summed in float32
+    return a.float() @ b.float()
+
+class FusedKLAlign(torch.autograd.Function):
+    """Equations (5)-(11) for a chunk of rows at a time: no (N, V) tensor ever exists.
 
     Loss and gradient come from the same visit, in forward; backward only has to multiply by a scalar.
     """
 
     @staticmethod
-    def forward(ctx, hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, n_vocab, n_total, dtype):
+    def forward(ctx, hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, n_vocab, n_total, dtype, fused, exact,
+                train):
         N, W = hs.shape[0], weight[:n_vocab].to(dtype)  # the rows after n_vocab are padding
-        train_head, train = weight.requires_grad, hs.requires_grad or weight.requires_grad
-        dhs = torch.zeros(hs.shape, device=hs.device) if train else None  # (N, H)
-        dW = torch.zeros(weight.shape, device=hs.device) if train_head else None  # (V, H) in float32
-        da = torch.zeros(N, device=hs.device) if a_s.requires_grad else None  # (N,)
-        sums = torch.zeros(3, dtype=torch.float64, device=hs.device)  # L_FKL, L_RKL, L_hard
-        w_f, w_r, w_c = (w / n_total for w in (lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam))
-        rescaled = tau != 1 or a_s is not a_t  # then softmax(z_s) of the hard loss is not q
-        n = max(1, CHUNK_ELEMENTS // n_vocab)
-        for c in (slice(i, i + n) for i in range(0, N, n)):
+        train_head, rescaled = train and weight.requires_grad, tau != 1 or a_s is not a_t
+        dhs = torch.zeros(hs.shape, device=hs.device) if train else None  # (N, H) float32
+        dW = torch.zeros(weight.shape, device=hs.device) if train_head else None  # (V, H) float32
+        sums, da = torch.zeros(3, dtype=torch.float64, device=hs.device), torch.zeros(N, device=hs.device)
+        weights = [w / n_total for w in (lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)]
+        n = min(CHUNK_ROWS // (1 + exact) if fused else max(1, CHUNK_ELEMENTS // n_vocab), N)
+        if not exact:  # one slab for all chunks; its rows start at multiples of 16 bytes, cuBLAS wants that
+            room = torch.empty(2 * n, -(-n_vocab // 8) * 8, dtype=dtype, device=hs.device)[:, :n_vocab]
+        for c in (slice(i, min(i + n, N)) for i in range(0, N, max(1, n))):
             h_t, h_d = ht[c].float(), hs[c].float() - ht[c].float()  # subtract first, round to dtype after
-            T, D = (h_t.to(dtype) @ W.T).float(), (h_d.to(dtype) @ W.T).float()  # (n, V) each  (5)
-            at, as_ = a_t[c, None], a_s[c, None]  # (n, 1)
-            z, t = T + D, at * T  # (n, V)
-            e = as_ * D + (as_ - at) * T  # (n, V)
-            s = t + e  # (n, V)
-            m_t, m_s = t.amax(-1, keepdim=True), s.amax(-1, keepdim=True)  # (n, 1)
-            p, q = (t - m_t).exp_(), (s - m_s).exp_()  # (n, V)
-            Z_t, Z_s = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)  # (n, 1)
-            p, q = p.div_(Z_t), q.div_(Z_s)
-            delta = e.sub_((m_s - m_t) + (Z_s / Z_t).log())  # (n, V)  (6) (7)
-            # p (exp(delta) - 1) keeps the digits of q - p when both are close, but can overflow otherwise
-            diff = torch.where(delta.abs() < 0.5, p * torch.expm1(delta), q - p)  # (n, V)
-            q_delta = q * delta
-            rkl = (q_delta - diff).sum(-1, keepdim=True)  # (n, 1)  (8)
-            y, known = labels[c, None].clamp_min(0), labels[c, None] != IGNORE  # (n, 1)
-            lse = torch.logsumexp(z, -1, keepdim=True) if rescaled else m_s + Z_s.log()  # (n, 1)
-            hard = (lse - z.gather(1, y)) * known  # (n, 1)  (3)
-            sums += torch.stack([(diff - p * delta).sum(), rkl.sum(), hard.sum()])
+            h = torch.cat([h_t, h_d]).to(dtype)  # (2n, H)
+            slab = product(h, W.T) if exact else torch.mm(h, W.T, out=room[:len(h)])  # (2n, V)  (5)
+            rows = (align_rows_triton if fused else align_rows)(
+                slab, a_t[c], a_s[c], labels[c], *weights, rescaled, train)  # (n, 4)  (6)-(10)
+            sums += rows[:, :3].sum(0, dtype=torch.float64)
             if train:
-                g = w_f * diff + w_r * (q_delta - q * rkl)  # (n, V)  (9)
-                if da is not None:
-                    da[c] = (g * z).sum(-1)
-                g = g * as_ + w_c * known * ((z - lse).exp_() if rescaled else q)  # (n, V)
-                g.scatter_add_(1, y, -w_c * known.float())  # (10)
-                dhs[c] = (g.to(dtype) @ W).float()  # (11)
+                G, da[c] = slab[len(h_t):].to(dtype), rows[:, 3]  # (n, V), (n,)
+                dhs[c] = product(G, W)  # (11)
                 if train_head:
-                    dW[:n_vocab] += g.T @ hs[c].float()
+                    dW[:n_vocab] += product(G.T, hs[c].to(dtype))
         fkl, rkl, ce = (sums / n_total).float()
-        ctx.save_for_backward(dhs, dW, da)
+        ctx.save_for_backward(dhs, dW, da if a_s.requires_grad else None)
         ctx.dtypes = hs.dtype, weight.dtype
         ctx.mark_non_differentiable(fkl, rkl, ce)
         return lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * ce, fkl, rkl, ce  # (4)
@@ -283,13 +375,12 @@ class ChunkedKLAlign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):
         dhs, dW, da = ctx.saved_tensors
-        dW = None if dW is None else (scale * dW).to(ctx.dtypes[1])
-        return (scale * dhs).to(ctx.dtypes[0]), None, dW, None, da if da is None else scale * da, *[None] * 7
+        dW, da = None if dW is None else (scale * dW).to(ctx.dtypes[1]), None if da is None else scale * da
+        return (scale * dhs).to(ctx.dtypes[0]), None, dW, None, da, *[None] * 10
 
-
-@torch._dynamo.disable  # a loop over chunks that does its own gradient: nothing for a compiler to trace
+@torch._dynamo.disable  # a loop over chunks that makes its own gradient: nothing for a compiler to trace
 def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=False, n_vocab=None,
-                  n_total=None, kernel="auto"):
+                  n_total=None, kernel="auto", exact=False):
     """The alignment loss (4) from hidden rows, without the logits of the batch.
 
     hs, ht      (N, H) float32 or bfloat16: student and teacher rows after the final norm; ht is a constant
@@ -297,27 +388,32 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
     labels      (N,) int64, the token each row has to predict; -100: no hard loss for that row, its KL counts
     n_vocab     how many rows of weight are real, when it is padded (default: all)
     n_total     what the sums are divided by: answer tokens of all processes and micro-batches (default: N)
-    kernel      "auto" or "eager"
+    kernel      "eager" (PyTorch), "triton" (CUDA, or any CPU with TRITON_INTERPRET=1, slowly) or "auto"
+    exact       keep T and D in float32 when weight is bfloat16: more digits for more time and memory
     returns     loss, {"kl_teacher_student", "kl_student_teacher", "ce"}: scalars, nats per answer token
     raises      ValueError for shapes or settings that do not fit
     """
     N, V = hs.shape[0], weight.shape[0] if n_vocab is None else n_vocab
     if not (hs.shape == ht.shape == (N, weight.shape[1]) and labels.shape == (N,) and 0 < V <= len(weight)):
-        shapes = [tuple(x.shape) for x in (hs, ht, weight, labels)]
-        raise ValueError(f"shapes of hs, ht, weight, labels do not fit: {shapes}, n_vocab {V}")
-    if not (0 <= alpha <= 1 and 0 <= lam <= 1 and tau > 0) or kernel not in ("auto", "eager"):
-        raise ValueError(f"want alpha and lam in [0, 1], tau above 0, kernel auto or eager, "
+        raise ValueError(f"shapes of hs, ht, weight, labels do not fit: "
+                         f"{[tuple(x.shape) for x in (hs, ht, weight, labels)]}, n_vocab {V}")
+    if not (0 <= alpha <= 1 and 0 <= lam <= 1 and tau > 0) or kernel not in ("auto", "triton", "eager"):
+        raise ValueError(f"want alpha and lam in [0, 1], tau above 0, kernel auto, triton or eager, "
                          f"not {alpha}, {lam}, {tau}, {kernel!r}")
+    if kernel == "triton" and not hs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("kernel triton needs a CUDA device; for a CPU set TRITON_INTERPRET=1 beforehand")
+    fused = kernel == "triton" or (kernel == "auto" and hs.is_cuda and importlib.util.find_spec("triton"))
     device, ht = hs.device.type, ht.detach()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):  # the matrix products run in dtype, all else in float32
         a_s = row_scale(hs, weight, V, tau, standardize)
         fixed = weight.detach() if weight.requires_grad else weight  # the same object keeps C of (12) valid
         a_t = row_scale(ht, fixed, V, tau, True) if standardize else a_s
-        loss, fkl, rkl, ce = ChunkedKLAlign.apply(hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, V,
-                                                  max(1, N) if n_total is None else n_total, dtype)
+        loss, fkl, rkl, ce = FusedKLAlign.apply(
+            hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, V, max(1, N) if n_total is None else n_total,
+            dtype, fused, exact and dtype != torch.float32,
+            torch.is_grad_enabled() and (hs.requires_grad or weight.requires_grad))
     return loss, {"kl_teacher_student": fkl, "kl_student_teacher": rkl, "ce": ce}
-
 
 @torch.no_grad()
 def same_choice(hs, ht, weight):
@@ -325,7 +421,6 @@ def same_choice(hs, ht, weight):
     student, teacher = (torch.cat([(part.to(weight.dtype) @ weight.T).argmax(-1) for part in h.split(1024)])
                         for h in (hs, ht))
     return int((student == teacher).sum())
-
 
 def pair_of_rows(vlm, model, strong, weak):
     """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): a row is the same answer token."""
@@ -335,23 +430,10 @@ def pair_of_rows(vlm, model, strong, weak):
         ht = vlm(strong)  # the bare module with its live weights: DDP's forward would wait for a backward
     return ht, model(weak), labels
 
-
-def load_pairs(path):
-    """The rows of a pair file. Exits with file:line when the two answers of a pair are not the same text."""
-    fields = ("image_url", "instruction", "output")
-    rows = read_rows(path, fields + tuple(field + "_2" for field in fields))
-    for number, row in enumerate(rows, 1):
-        if row["output"] != row["output_2"]:
-            sys.exit(f"{path}:{number}: the answers of a pair differ: "
-                     f"{row['output']!r} and {row['output_2']!r}")
-    return rows
-
-
 @torch.no_grad()
 def show_pair(args, vlm, tokenizer, row):
     """One pair as a table over its answer tokens. The last line is what training would log for it."""
-    strong, weak = (make_batch(vlm, tokenizer, [row], suffix, args.data, args.max_length)
-                    for suffix in ("", "_2"))
+    strong, weak = (make_batch(vlm, tokenizer, [row], k, args.data, args.max_length) for k in ("", "_2"))
     ht, hs, labels = pair_of_rows(vlm, vlm, strong, weak)
     loss_of = functools.partial(kl_align_loss, weight=vlm.lm_head, alpha=args.alpha, lam=args.lam,
                                 tau=args.tau, standardize=args.standardize, kernel=args.kernel)
@@ -366,14 +448,12 @@ def show_pair(args, vlm, tokenizer, row):
         loss, parts = loss_of(hs=hs[k:k + 1], ht=ht[k:k + 1], labels=labels[k:k + 1])
         rows.append([x.item() for x in (*parts.values(), loss)])
         (p_t, top_t), (p_s, top_s) = ((vlm.lm_head @ h[k]).softmax(-1).max(-1) for h in (ht, hs))
-        print(f"{a:4d} {b:4d} {word(labels[k]):>12} | {word(top_t):>12} {p_t:.2f} | "
-              f"{word(top_s):>12} {p_s:.2f} | "
-              f"{rows[-1][0]:9.4f} {rows[-1][1]:9.4f} {rows[-1][2]:6.2f}")
+        print(f"{a:4d} {b:4d} {word(labels[k]):>12} | {word(top_t):>12} {p_t:.2f} | {word(top_s):>12} "
+              f"{p_s:.2f} | {rows[-1][0]:9.4f} {rows[-1][1]:9.4f} {rows[-1][2]:6.2f}")
     kl_ts, kl_st, ce, mean = np.mean(rows, axis=0)
     whole, _ = loss_of(hs=hs, ht=ht, labels=labels)
     print(f"mean of {len(rows)} tokens: kl_ts {kl_ts:.4f} kl_st {kl_st:.4f} ce {ce:.4f} -> loss {mean:.4f}; "
           f"all at once, as in training: {whole:.4f}")
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -384,13 +464,12 @@ def main(argv=None):
                  f"(processes x rows): change one of them")
     if args.init == "out/stage1" and not finished(args.init):
         if rank == 0:
-            print(f"{args.init} is missing or unfinished: running stage 1 first, about a minute on 2 CPU cores",
-                  flush=True)
+            print(f"{args.init} is missing or unfinished: stage 1 first, a minute on 2 CPU cores", flush=True)
         stage1_text_sft.main(["--data", args.data, "--out", args.init])
         if world > 1:
             dist.barrier()  # rank 0 may still be writing
     data = os.path.join(args.data, f"stage2_{args.pairs}.jsonl")
-    rows = load_pairs(data)
+    rows = read_rows(data, [f + side for f in ("image_url", "instruction", "output") for side in ("", "_2")])
     vlm, tokenizer = load_vlm(args.init, device)
     if args.show is not None:
         if not 0 <= args.show < len(rows):
@@ -402,8 +481,7 @@ def main(argv=None):
             size = sum(p.numel() for p in child.parameters())
             print(f"{name}: {size:,} parameters, {'trained' if name in TRAINABLE else 'frozen'}")
     optimizer = make_optimizer(vlm, args)
-    # A run explains itself: flags, parent, data and the text of this very script go into every checkpoint.
-    with open(__file__, encoding="utf-8") as f:
+    with open(__file__, encoding="utf-8") as f:  # a run explains itself: all this goes into every checkpoint
         run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data),
                "script": f.read()}
     start = start_or_resume(args, vlm, optimizer, run, rank)
@@ -469,7 +547,6 @@ def main(argv=None):
         print(f"stage 2 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
         if args.evaluate:
             evaluation.main([args.init, args.out, "--data", args.data])
-
 
 if __name__ == "__main__":
     main()

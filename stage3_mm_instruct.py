@@ -32,39 +32,27 @@ from model import (IGNORE, finished, load_vlm, make_batch, peak_gigabytes, read_
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn in this stage: all
 
-
 def make_parser():
     """script = default of the released training script, reported = the paper's value, quoted from memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--init", default="out/stage2",
-        help="model folder to start from; out/stage2 is made first when missing")
+    add("--init", default="out/stage2", help="model folder to start from; out/stage2 is made when missing")
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage3", help="run folder for checkpoints and metrics")
-    add("--steps", type=int, default=250,
-        help="optimizer steps (ours: one pass over the default data)")
+    add("--steps", type=int, default=250, help="optimizer steps (ours: one pass over the default data)")
     add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 256)")
-    add("--micro_batch", type=int, default=32,
-        help="rows a forward pass; smaller saves memory, the result is the same")
-    add("--lr", type=float, default=3e-4,
-        help="peak learning rate (reported: 3e-5; ours: a small model needs more)")
-    add("--warmup", type=float, default=0.02,
-        help="share of the steps with a rising learning rate (reported)")
-    add("--weight_decay", type=float, default=0.1,
-        help="AdamW's, on matrices only (reported and script: 0.1)")
+    add("--micro_batch", type=int, default=32, help="rows a forward pass; smaller saves memory, same result")
+    add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 3e-5; a small one needs more)")
+    add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
+    add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
     add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
-    add("--max_length", type=int, default=1024,
-        help="tokens of prompt and answer with image tokens (script: 2048)")
+    add("--max_length", type=int, default=1024, help="tokens of prompt, image and answer (script: 2048)")
     add("--seed", type=int, default=3407, help="decides the order of the rows (script: 3407)")
-    add("--log_every", type=int, default=10, help="steps from one log line to the next")
-    add("--save_every", type=int, default=500,
-        help="steps from one checkpoint to the next; the last is always saved")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="continue a run in --out, or start over")
-    add("--evaluate", action=argparse.BooleanOptionalAction, default=True,
-        help="end with accuracy before and after")
+    add("--log_every", type=int, default=10, help="steps between log lines")
+    add("--save_every", type=int, default=500, help="steps between checkpoints; the last is always saved")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from --out")
+    add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with the table")
     return parser
-
 
 # >>> identical in stage1/2/3: flags
 def parse_args(argv=None):
@@ -79,7 +67,6 @@ def parse_args(argv=None):
     return args
 # <<<
 
-
 # >>> identical in stage1/2/3: distributed
 def setup_distributed():
     """-> (rank, world size, device). torchrun starts the processes and tells each who it is."""
@@ -92,14 +79,12 @@ def setup_distributed():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
-
 def total(*values, device):
     """Sums over all processes. float64, so that counts of tokens stay exact."""
     t = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(t)
     return t.tolist()
-
 
 def prepare_data(args, rank):
     """Make the data set when there is none. One process does it, the others wait."""
@@ -110,7 +95,6 @@ def prepare_data(args, rank):
         dist.barrier()
 # <<<
 
-
 # >>> identical in stage1/2/3: schedule and order
 def learning_rate(step, args):
     """Linear warm-up to --lr, then a cosine that would reach 0 one step after the last."""
@@ -119,11 +103,9 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
 
-
 @functools.lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
 def shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
-
 
 def rows_of_step(step, n, args):
     """Row numbers of a global batch: a function of the step alone.
@@ -135,7 +117,6 @@ def rows_of_step(step, n, args):
     return [int(shuffled(n, args.seed, place // n)[place % n]) for place in places]
 # <<<
 
-
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
     """AdamW over exactly the trainable parameters. Norms and biases are not decayed: they only set scales."""
@@ -145,14 +126,12 @@ def make_optimizer(vlm, args):
               {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))  # betas: reported
 
-
 def write_log(args, line, numbers):
     """One fixed sentence for the reader, the same numbers for a plot."""
     tqdm.write(line)  # not print: it would tear the progress bar
     with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(numbers) + "\n")
 # <<<
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -163,8 +142,7 @@ def main(argv=None):
                  f"(processes x rows): change one of them")
     if args.init == "out/stage2" and not finished(args.init):
         if rank == 0:
-            print(f"{args.init} is missing or unfinished: running stage 2 first, about 5 minutes on 2 CPU cores",
-                  flush=True)
+            print(f"{args.init} is missing or unfinished: stage 2 comes first, 5 minutes on 2 cores", flush=True)
         stage2_kl_align.main(["--data", args.data, "--out", args.init, "--no-evaluate"])
         if world > 1:
             dist.barrier()  # rank 0 may still be writing
@@ -238,7 +216,6 @@ def main(argv=None):
         print(f"stage 3 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
         if args.evaluate:
             evaluation.main([args.init, args.out, "--data", args.data])
-
 
 if __name__ == "__main__":
     main()
