@@ -6,6 +6,17 @@
 Reads data/stage1.jsonl (made first when missing) and the backbones in tiny/; writes out/stage1/step-N and
 metrics.jsonl.  The same command again continues from the newest complete checkpoint, bit for bit.
 
+Read this one first: it is a whole training script without a framework, and the other two repeat it.
+    flags                what can be changed, with the paper's value where it is known
+    distributed          how N processes find each other; one process is the case N = 1
+    schedule and order   learning rate and rows of a step, both functions of the step's number alone
+    optimizer and log    who learns; one line for people, the same numbers for machines
+    main                 load, freeze, resume, then the loop: batch, loss, gradient, step, log, checkpoint
+
+Why text first: stage 2 pulls the picture form of a problem to the text form.  That can only be worth its name
+when the text form is right.  Why gently: the same weights have to go on understanding pictures, which stage 1
+never shows; the last line printed says how much of that was lost (`caption loss`).
+
 Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of
 steps, and the learning rate, reported as 1e-5 at a batch of 512.  The loss and what learns are the paper's.
 """
@@ -130,6 +141,25 @@ def write_log(args, line, numbers):
         f.write(json.dumps(numbers) + "\n")
 # <<<
 
+@torch.no_grad()
+def caption_loss(vlm, tokenizer, folder, device):
+    """Nats a token for reading the numbers off 64 test pictures; None when the data has no such pictures.
+
+    The caption of a picture is what vision_intensive says and vision_dominant only shows (see data_gen.py).
+    """
+    path, rows = os.path.join(folder, "test.jsonl"), []
+    said = {row.get("id"): row for row in (read_rows(path) if os.path.exists(path) else ())}
+    for row in said.values():
+        if row.get("version") == "vision_dominant":
+            text = said[row["id"].replace("dominant", "intensive")]["instruction"]
+            numbers = text.removesuffix(row["instruction"]).strip()
+            rows.append(row | {"instruction": "Read the labels.", "output": numbers})  # as tiny/ learnt it
+    if not rows:
+        return None
+    batch = make_batch(vlm, tokenizer, rows[:64], "", folder).to(device)
+    logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
+    return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
@@ -140,7 +170,9 @@ def main(argv=None):
     data = os.path.join(args.data, "stage1.jsonl")
     rows = read_rows(data)
     vlm, tokenizer = load_vlm(args.init, device)
-    for name, child in vlm.named_children():  # before DDP, which looks once at what needs a gradient
+    # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for ever; and
+    # before the optimizer, which would decay even a weight that never gets a gradient.
+    for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
         if rank == 0:
             size = sum(p.numel() for p in child.parameters())
@@ -151,14 +183,18 @@ def main(argv=None):
         run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data),
                "script": f.read()}
     start = start_or_resume(args, vlm, optimizer, run, rank)
+    # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged while
+    # backward runs.  vlm stays the bare module: whatever is not trained through is asked of it.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
     begun, tokens = time.time(), 0
+    reading = caption_loss(vlm, tokenizer, args.data, device) if rank == 0 else None
 
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
+        # Every process knows the rows of the whole batch and takes every world-th: nothing to agree upon.
         mine = rows_of_step(step, len(rows), args)[rank::world]
         size = args.micro_batch
         parts = [[rows[i] for i in mine[k:k + size]] for k in range(0, len(mine), size)]
@@ -176,15 +212,21 @@ def main(argv=None):
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
                 model.require_backward_grad_sync = k == len(batches) - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                # Only rows that predict an answer token come back, N of B x L: a prompt is given, not learnt,
+                # and with a real vocabulary its logits would be most of the memory of a step.
                 hidden = model(batch)  # (N, H)
                 logits = F.linear(hidden, vlm.lm_head)  # (N, V)
             labels = batch.labels[batch.labels != IGNORE]  # (N,)
+            # .float(): a log-softmax in bfloat16 has two digits.  No GradScaler: that is for float16, whose
+            # small gradients become 0; bfloat16 has float32's range.
             loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, n_tokens)
             (loss * world).backward()  # DDP takes the mean over processes; x world makes it the sum we want
             loss_here += loss.item()
         # ================================== from here on only bookkeeping ===================================
 
+        # What we believe: each weight that learns got a gradient in this step, and no frozen one did.
         assert all((p.grad is not None) == p.requires_grad for p in vlm.parameters())
+        # Clip the gradient of the whole step, after the last micro-batch: clipped parts have another sum.
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, = total(loss_here, device=device)
         if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
@@ -204,6 +246,9 @@ def main(argv=None):
     if rank == 0:
         if args.steps == 0:  # nothing to train, but whoever asked wants a model there
             save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, {"run": run})
+        if reading is not None:  # a model that only ever gets text may unlearn to look: watch this number
+            now = caption_loss(vlm, tokenizer, args.data, device)
+            print(f"caption loss: {reading:.3f} before, {now:.3f} after, nats a token")
         print(f"stage 1 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
 
 if __name__ == "__main__":

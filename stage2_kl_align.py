@@ -204,7 +204,6 @@ def write_log(args, line, numbers):
 # ============================================================================================================
 CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk; 4 MB a tensor, a dozen of them stays near the caches
 CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, half the rows)
-constexpr = "constexpr"  # what Triton calls tl.constexpr; the name itself would need the import up here
 _covariance = [lambda: None, None, None]  # for (12): weak reference to W, its version and n_vocab, C
 
 def row_scale(h, weight, n_vocab, tau, standardize):
@@ -254,8 +253,11 @@ def align_rows(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
         slab[len(T):] = g
     return torch.stack([fkl, rkl, hard[:, 0], da], 1)
 
-def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w_c, V: constexpr, BLOCK: constexpr,
-                     RESCALED: constexpr, TRAIN: constexpr):
+class tl:  # until compiled_kernel() imports triton.language under this name, for the annotations below
+    constexpr = "constexpr"
+
+def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w_c, V: tl.constexpr,
+                     BLOCK: tl.constexpr, RESCALED: tl.constexpr, TRAIN: tl.constexpr):
     """align_rows for Triton: one program a row, which visits the row twice, BLOCK columns at a time.
 
     Arithmetic is float32 whatever the slab holds.  V is a constant: real vocabularies do not change in a run.
@@ -323,9 +325,9 @@ def compiled_kernel():
     return triton.jit(align_row_kernel, do_not_specialize=["n"])  # else another compilation for n = 1 or 16 k
 
 def align_rows_triton(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
-    """align_rows in one kernel. 16 columns a thread at most: more would spill registers."""
+    """align_rows in one kernel. 8 columns a thread: one 16-byte load, no spills (tests/compile_kernel.py)."""
     n, V = len(a_t), slab.shape[1]
-    out, block = torch.empty(n, 4, device=slab.device), min(4096, 1 << (V - 1).bit_length())
+    out, block = torch.empty(n, 4, device=slab.device), min(2048, 1 << (V - 1).bit_length())
     compiled_kernel()[(n,)](slab, a_t, a_s, labels, out, n, slab.stride(0), w_f, w_r, w_c, V=V, BLOCK=block,
                             RESCALED=rescaled, TRAIN=train, num_warps=8)
     return out

@@ -6,6 +6,18 @@
 Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N and metrics.jsonl.
 Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from what differs, not the loss.
 
+What is new against stage 1:
+    TRAINABLE    all three parts.  Stage 2 taught the eyes to speak the language model's language while that
+                 stood still; now both may move towards each other.
+    the rows     all six versions of the problems, the two hardest twice as often, so the model keeps what it
+                 can do with text and learns the rungs that stage 2 never paired.
+    the loss     none: plain cross-entropy with the label again, no teacher.  A teacher helps as long as it is
+                 better than the student; after stage 2 the text form is not much better any more.
+    the order    by the seed, versions mixed.  Not one version after another: each would unlearn the last.
+
+The table at the end compares the model before and after.  text_only may fall a little here, since the
+language model is no longer frozen; the versions with a picture should rise.  `caption loss` should fall as well.
+
 Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of
 steps, and the learning rate, reported as 3e-5 at a batch of 256.  The loss and what learns are the paper's.
 """
@@ -133,6 +145,25 @@ def write_log(args, line, numbers):
         f.write(json.dumps(numbers) + "\n")
 # <<<
 
+@torch.no_grad()
+def caption_loss(vlm, tokenizer, folder, device):
+    """Nats a token for reading the numbers off 64 test pictures; None when the data has no such pictures.
+
+    The caption of a picture is what vision_intensive says and vision_dominant only shows (see data_gen.py).
+    """
+    path, rows = os.path.join(folder, "test.jsonl"), []
+    said = {row.get("id"): row for row in (read_rows(path) if os.path.exists(path) else ())}
+    for row in said.values():
+        if row.get("version") == "vision_dominant":
+            text = said[row["id"].replace("dominant", "intensive")]["instruction"]
+            numbers = text.removesuffix(row["instruction"]).strip()
+            rows.append(row | {"instruction": "Read the labels.", "output": numbers})  # as tiny/ learnt it
+    if not rows:
+        return None
+    batch = make_batch(vlm, tokenizer, rows[:64], "", folder).to(device)
+    logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
+    return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
@@ -142,14 +173,16 @@ def main(argv=None):
                  f"(processes x rows): change one of them")
     if args.init == "out/stage2" and not finished(args.init):
         if rank == 0:
-            print(f"{args.init} is missing or unfinished: stage 2 comes first, 5 minutes on 2 cores", flush=True)
+            print(f"{args.init} is missing or unfinished: stage 2 first, 5 minutes on 2 cores", flush=True)
         stage2_kl_align.main(["--data", args.data, "--out", args.init, "--no-evaluate"])
         if world > 1:
             dist.barrier()  # rank 0 may still be writing
     data = os.path.join(args.data, "stage3.jsonl")
     rows = read_rows(data)
     vlm, tokenizer = load_vlm(args.init, device)
-    for name, child in vlm.named_children():  # before DDP, which looks once at what needs a gradient
+    # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for ever; and
+    # before the optimizer, which would decay even a weight that never gets a gradient.
+    for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
         if rank == 0:
             size = sum(p.numel() for p in child.parameters())
@@ -160,14 +193,18 @@ def main(argv=None):
         run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data),
                "script": f.read()}
     start = start_or_resume(args, vlm, optimizer, run, rank)
+    # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged while
+    # backward runs.  vlm stays the bare module: whatever is not trained through is asked of it.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
     begun, tokens = time.time(), 0
+    reading = caption_loss(vlm, tokenizer, args.data, device) if rank == 0 else None
 
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
+        # Every process knows the rows of the whole batch and takes every world-th: nothing to agree upon.
         mine = rows_of_step(step, len(rows), args)[rank::world]
         size = args.micro_batch
         parts = [[rows[i] for i in mine[k:k + size]] for k in range(0, len(mine), size)]
@@ -185,15 +222,21 @@ def main(argv=None):
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
                 model.require_backward_grad_sync = k == len(batches) - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                # Only rows that predict an answer token come back, N of B x L: a prompt is given, not learnt,
+                # and with a real vocabulary its logits would be most of the memory of a step.
                 hidden = model(batch)  # (N, H)
                 logits = F.linear(hidden, vlm.lm_head)  # (N, V)
             labels = batch.labels[batch.labels != IGNORE]  # (N,)
+            # .float(): a log-softmax in bfloat16 has two digits.  No GradScaler: that is for float16, whose
+            # small gradients become 0; bfloat16 has float32's range.
             loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, n_tokens)
             (loss * world).backward()  # DDP takes the mean over processes; x world makes it the sum we want
             loss_here += loss.item()
         # ================================== from here on only bookkeeping ===================================
 
+        # What we believe: each weight that learns got a gradient in this step, and no frozen one did.
         assert all((p.grad is not None) == p.requires_grad for p in vlm.parameters())
+        # Clip the gradient of the whole step, after the last micro-batch: clipped parts have another sum.
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, = total(loss_here, device=device)
         if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
@@ -213,6 +256,9 @@ def main(argv=None):
     if rank == 0:
         if args.steps == 0:  # nothing to train, but whoever asked wants a model there
             save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, {"run": run})
+        if reading is not None:  # a model that only ever gets text may unlearn to look: watch this number
+            now = caption_loss(vlm, tokenizer, args.data, device)
+            print(f"caption loss: {reading:.3f} before, {now:.3f} after, nats a token")
         print(f"stage 3 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
         if args.evaluate:
             evaluation.main([args.init, args.out, "--data", args.data])

@@ -3,7 +3,10 @@
 Without a GPU the Triton kernel runs in Triton's interpreter (conftest.py); without Triton its tests skip.
 """
 import importlib.util
+import json
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -329,3 +332,17 @@ def test_planted_errors_are_found(name, right, wrong, tmp_path, monkeypatch):
             test_chunks_scaling_accumulation_and_repetition(monkeypatch)
             test_bfloat16_gradient_keeps_its_accuracy_as_the_student_arrives(.01)
         test_rows_beyond_2_to_the_31()
+
+
+def test_the_kernel_compiles_without_spills():
+    """Registers that do not suffice are swapped to memory, and the kernel's whole point is to save memory traffic."""
+    if KERNEL == "eager":
+        pytest.skip("nothing to compile")
+    if importlib.util.find_spec("triton.backends.nvidia") is None:
+        pytest.skip("this build of Triton has no NVIDIA compiler")
+    script = os.path.join(os.path.dirname(__file__), "compile_kernel.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, script], env=environment, check=True, capture_output=True, text=True).stdout
+    cases = [json.loads(line) for line in said.splitlines()]
+    assert len(cases) == 16 and {c["arch"] for c in cases} == {"sm_80", "sm_90"}
+    assert all(c["spilled"] == 0 and c["registers"] <= 128 for c in cases), said
