@@ -18,8 +18,7 @@ Problem 0 of this generator at the two ends of its ladder, the picture in its 18
                                                                |  / 48°   \ G   H |
                                                                |F --------------- |
                                                                +------------------+
-The language model can solve the left one; stage 2 teaches the eyes to make the right one look the same to it.
-"""
+The language model can solve the left one; stage 2 teaches the eyes to make the right one look alike to it."""
 import argparse
 import functools
 import hashlib
@@ -37,14 +36,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------
-# The ladder: the paper's central idea.  Every condition of a problem belongs to one of three groups (named as
-# in MathVerse, arXiv 2403.14624):
+# The ladder, the paper's central idea: a condition is in one of three groups (MathVerse, arXiv 2403.14624):
 #   descriptive   what the figure obviously is                "EFG is a triangle."
 #   implicit      a property an expert sees in the figure     "H is on the extension of FG."
 #   numeric       values without which nobody can solve it    "angle E=74°"
-# Each rung down takes one more group, at last the question itself, OUT of the text.  Nothing is lost: figures
-# always show the first two groups, numbers are drawn from vision_dominant on, the question in vision_only.
-#
+# Each rung takes one more group, at last the question, OUT of the text.  Nothing is lost: figures always show
+# the first two.  (In MathVerse, vision_dominant keeps the implicit group; here a rung only ever loses text.)
 #   version            left in the text                            picture
 #   text_only          descriptive implicit numeric question       -
 #   text_dominant      descriptive implicit numeric question       figure
@@ -52,26 +49,22 @@ from tqdm import tqdm
 #   vision_intensive                        numeric question       figure
 #   vision_dominant                                 question       figure + numbers
 #   vision_only        (a fixed sentence)                          figure + numbers + question
-#
-# One answer, word for word, belongs to all six, because only the place of the information moves.  A model
-# right at the top and wrong further down knows the maths and fails to see: that gap is what stage 2 closes.
-# Differs from MathVerse: its vision_dominant keeps the implicit group; here a rung only ever loses text.
+# One answer, word for word, belongs to all six: only the place of the information moves.  A model right at
+# the top and wrong further down knows the maths and fails to see: that gap is what stage 2 closes.
 LADDER = {  # version: (groups left in the text, name of the picture)
     "text_only": ("descriptive implicit numeric question", None),
     "text_dominant": ("descriptive implicit numeric question", "figure"),
     "text_lite": ("implicit numeric question", "figure"),
     "vision_intensive": ("numeric question", "figure"),
     "vision_dominant": ("question", "labelled"),
-    "vision_only": ("", "question"),
-}
+    "vision_only": ("", "question")}
 VISION_ONLY_TEXT = "Solve the problem."  # ours: a prompt needs some words even when the picture says it all
 # Stage 2 pairs use four of the six rungs: the paper draws a pyramid of 4 levels with 3 upward arrows.  Which
 # rungs, is our reading; the two left out are never trained on, so their accuracy shows what carries over.
 PYRAMID = ("text_only", "text_dominant", "vision_dominant", "vision_only")
 PAIRS = {  # (strong, weak): the teacher reads the first, the student the second
     "neighbours": list(zip(PYRAMID, PYRAMID[1:])),  # each level is pulled to the one above, as in the paper
-    "top": [(PYRAMID[0], weak) for weak in PYRAMID[1:]],  # each level is pulled to the text
-}
+    "top": [(PYRAMID[0], weak) for weak in PYRAMID[1:]]}  # each level is pulled to the text
 # Pictures are laid out in character cells, like a terminal, at any size: labels cannot overlap.
 COLS, ROWS, QUESTION_ROWS = 18, 9, 3  # the question may fill rows 0-2; the figure owns rows 3-8
 DEFAULT_SIZE = 108  # pixels: a cell is then 6 x 12, which Pillow's built-in bitmap font fills exactly
@@ -103,8 +96,7 @@ def parse_args(argv=None):
 #   text      the four groups of the ladder: descriptive | implicit | numeric | question
 #   names     texts and labels are written with the points A, B, C, D; these letters then take their places
 #   work      the sums; the result of the last one, with its unit, is the answer
-#   leads     three ways to lead into the sums, one is drawn at random.  With one wording a label says all
-#             there is; with several, the teacher's soft distribution carries more than the label does
+#   leads     three ways into the sums, one drawn: the teacher's soft distribution then says more than a label
 #   lines     polylines; arcs: of ellipses (centre x, y, radius x, y, from, to in degrees)
 #   labels    (words, anchor x, y); a fourth entry is what the plain figure, without numbers, shows instead
 # Coordinates: 18 x 18 units, y down, the figure owns y 6..18; a cell is 1 wide, 2 high.  Figures are not
@@ -136,8 +128,9 @@ def exterior_angle(r):  # an angle outside a triangle is the sum of the two far 
     names, a, b = r.choice(NAMES), r.randint(20, 85), r.randint(20, 75)
     A, B, C, D = (r.uniform(7, 9), 8), (2, 16), (r.uniform(11, 12), 16), (16, 16)  # B, C, D lie on one line
     return dict(names=names, numbers=(a, b), work=f"{a}+{b}={a + b}.", unit="°", lines=[(A, B, D), (A, C)],
-        text=f"ABC is a triangle. | D is on the extension of BC. | angle A={a}°, angle B={b}°. | Find angle ACD.",
-        leads=["ACD is an exterior angle, so it is ", "", f"angle A={a} and angle B={b}. The far angles add: "],
+        text="ABC is a triangle. | D is on the extension of BC. | "
+             f"angle A={a}°, angle B={b}°. | Find angle ACD.", leads=[
+            "ACD is an exterior angle, so it is ", "", f"angle A={a} and angle B={b}. The far angles add: "],
         labels=[("A", A[0], 6.5), ("B", 1, 17), ("C", C[0], 17.5), ("D", 17, 16),
                 (f"{b}°", *mix(B, mix(A, C), .45), ""), (f"{a}°", *mix(A, mix(B, C), .55), "")])
 
@@ -159,8 +152,8 @@ def rectangle(r):  # area multiplies the sides, perimeter adds them
     A, B, C, D = (x, y), (x + w, y), (x + w, y + h), (x, y + h)
     find = "area" if r.random() < .5 else "perimeter"
     return dict(names=names, numbers=(a, b), lines=[(A, B, C, D, A), corner(A, B, C), corner(C, D, A)],
-        text=f"ABCD is a quadrilateral. | All its angles are right angles. | AB={a}, BC={b}. | Find the {find}.",
-        leads=["", f"AB={a} and BC={b}. ", "It is a rectangle. "],
+        text="ABCD is a quadrilateral. | All its angles are right angles. | "
+             f"AB={a}, BC={b}. | Find the {find}.", leads=["", f"AB={a} and BC={b}. ", "It is a rectangle. "],
         work=f"{a}*{b}={a * b}." if find == "area" else f"{a}+{b}={a + b}. {a + b}*2={2 * (a + b)}.",
         labels=[*outside(A, B, C, D), (f"{a}", x + w / 2, y - 1, ""), (f"{b}", x + w + 1.5, y + h / 2, "")])
 
@@ -172,9 +165,8 @@ def circle_diameter(r):  # an angle over a diameter is a right angle (Thales)
     return dict(names=names, numbers=(given, a), work=f"90-{a}={90 - a}.", unit="°",
         text=f"A, B and C are on circle O. | AB is a diameter. | angle {given}={a}°. | Find angle {find}.",
         leads=["", "Angle C is a right angle, so ", f"angle {given}={a}. "],
-        lines=[(A, B, C, A), ((9, 11.7), (9, 12.3))], arcs=[(9, 12, R, R, 0, 360)],
-        labels=[("A", 2.3, 13), ("B", 15.7, 13), ("C", 9 + 5 * side, 7), ("O", 9, 15),
-                (f"{a}°", 9 + 2.5 * side, 11, "")])
+        lines=[(A, B, C, A), ((9, 11.7), (9, 12.3))], arcs=[(9, 12, R, R, 0, 360)], labels=[("A", 2.3, 13),
+            ("B", 15.7, 13), ("C", 9 + 5 * side, 7), ("O", 9, 15), (f"{a}°", 9 + 2.5 * side, 11, "")])
 
 def box_volume(r):  # volume is base area times height
     a, b, h = r.randint(2, 9), r.randint(2, 9), r.randint(2, 6)
@@ -185,8 +177,8 @@ def box_volume(r):  # volume is base area times height
     return dict(numbers=(a, b, h), work=f"{a}*{b}={a * b}." + last,
         text=f"The solid is a box. | All its faces are rectangles. | a={a}, b={b}, h={h}. | Find the {find}.",
         leads=["", f"a={a}, b={b}. ", f"The base is {a} by {b}. "],
-        lines=[(A, B, C, D, A, E, F, B), (F, G, C), *dashed(D, H), *dashed(H, G), *dashed(H, E)],
-        labels=[(f"a={a}", x + w / 2, y + 6, "a"), (f"b={b}", G[0], y + 5, "b"), (f"h={h}", x - 2, y + 2.5, "h")])
+        lines=[(A, B, C, D, A, E, F, B), (F, G, C), *dashed(D, H), *dashed(H, G), *dashed(H, E)], labels=[
+            (f"a={a}", x + w / 2, y + 6, "a"), (f"b={b}", G[0], y + 5, "b"), (f"h={h}", x - 2, y + 2.5, "h")])
 
 def cylinder(r):  # volume is the base circle times height, lateral area its circumference times height
     a, h, x, R, t = r.randint(2, 9), r.randint(2, 9), r.uniform(8, 10), r.uniform(3.5, 4.5), r.uniform(7, 8)
@@ -205,18 +197,19 @@ def cone(r):  # a third of the cylinder around it
     return dict(numbers=(a, k), work=f"{3 * k}/3={k}. {a}*{a}={a * a}. {a * a}*{k}={a * a * k}.", unit="pi",
         text=f"The solid is a cone. | h is perpendicular to r. | r={a}, h={3 * k}. | Find the volume.",
         leads=["", f"r={a} and h={3 * k}. ", "A cone is a third of a cylinder. "],
-        lines=[((x - R, 15), top, rim), (foot, rim), *dashed(top, foot), corner(top, foot, rim)],
-        labels=[(f"r={a}", x + R / 2, 17, "r"), (f"h={3 * k}", x - R - 2, 11, "h")], arcs=[(x, 15, R, 1, 0, 180)])
+        lines=[((x - R, 15), top, rim), (foot, rim), *dashed(top, foot), corner(top, foot, rim)], labels=[
+            (f"r={a}", x + R / 2, 17, "r"), (f"h={3 * k}", x - R - 2, 11, "h")], arcs=[(x, 15, R, 1, 0, 180)])
 
 def square_pyramid(r):  # a third of the box around it
-    a, k, x, w, d = r.randint(2, 10), r.randint(1, 12), r.uniform(2.5, 4), r.uniform(8, 9), r.uniform(2.5, 3.5)
+    a, k = r.randint(2, 10), r.randint(1, 12)  # h = 3k
+    x, w, d = r.uniform(2.5, 4), r.uniform(8, 9), r.uniform(2.5, 3.5)
     A, B, C, D = (x, 16), (x + w, 16), (x + w + d, 13), (x + d, 13)  # the base, seen from the front
     top, foot = (x + (w + d) / 2, 7), (x + (w + d) / 2, 14.5)  # the height stands on the middle of the base
     return dict(numbers=(a, k), work=f"{3 * k}/3={k}. {a}*{a}={a * a}. {a * a}*{k}={a * a * k}.",
         text=f"The solid is a pyramid. | Its base is a square. | a={a}, h={3 * k}. | Find the volume.",
         leads=["", f"a={a} and h={3 * k}. ", "A pyramid is a third of a box. "],
-        lines=[(A, B, C, top, A), (B, top), *dashed(A, D), *dashed(D, C), *dashed(D, top), *dashed(top, foot)],
-        labels=[(f"a={a}", x + w / 2, 17, "a"), (f"h={3 * k}", x - .5, 10, "h")])
+        lines=[(A, B, C, top, A), (B, top), *dashed(A, D), *dashed(D, C), *dashed(D, top),
+               *dashed(top, foot)], labels=[(f"a={a}", x + w / 2, 17, "a"), (f"h={3 * k}", x - .5, 10, "h")])
 
 def line_value(r):  # put x into the equation of a line
     m, b, x = r.randint(2, 9), r.randint(1, 12), r.randint(2, 9)
@@ -233,10 +226,11 @@ def slope(r):  # rise over run
     x2, y2, dy, names = x1 + dx, y1 + dx * k, dx * k, r.choice(NAMES)
     A, B = (r.uniform(5, 6), r.uniform(13, 14)), (r.uniform(12, 13), r.uniform(8.5, 9.5))
     return dict(names=names, numbers=(x1, y1, x2, y2), work=f"{y2}-{y1}={dy}. {x2}-{x1}={dx}. {dy}/{dx}={k}.",
-        text=f"The graph is a line. | A and B are on the line. | A({x1},{y1}), B({x2},{y2}). | Find the slope.",
-        leads=["", "Divide the rise by the run. ", f"A({x1},{y1}), B({x2},{y2}). "],
+        text=f"The graph is a line. | A and B are on the line. | A({x1},{y1}), B({x2},{y2}). | "
+             "Find the slope.", leads=["", "Divide the rise by the run. ", f"A({x1},{y1}), B({x2},{y2}). "],
         lines=[*AXES, (mix(A, B, -.25), mix(A, B, 1.25)), tick(mix(A, B, -1), B), tick(A, mix(A, B, 2))],
-        labels=[(f"A({x1},{y1})", A[0] + 5, A[1] + .5, f"{'A':6}"), (f"B({x2},{y2})", B[0] - 5, B[1] - 1, f"{'B':>6}")])
+        labels=[(f"A({x1},{y1})", A[0] + 5, A[1] + .5, f"{'A':6}"),
+                (f"B({x2},{y2})", B[0] - 5, B[1] - 1, f"{'B':>6}")])
 
 def parabola_value(r):  # put x into the equation of a parabola
     h, k, d, name = r.randint(1, 9), r.randint(1, 9), r.randint(1, 9), r.choice("PQRS")
@@ -268,7 +262,7 @@ def is_test(family, numbers):
 
 def make_problem(split, i, seed=0):
     """Problem i of a split ("train" or "test") as a dict; depends on nothing but its arguments."""
-    r, (subject, family) = random.Random(f"{seed}/{split}/{i}"), FAMILIES[i % len(FAMILIES)]  # all equally often
+    r, (subject, family) = random.Random(f"{seed}/{split}/{i}"), FAMILIES[i % len(FAMILIES)]  # equally often
     while is_test(family.__name__, (p := family(r))["numbers"]) != (split == "test"):
         pass  # draw again until the givens belong to this split
     names = str.maketrans(dict(zip("ABCD", p.get("names", ""))))
@@ -278,13 +272,13 @@ def make_problem(split, i, seed=0):
     steps, unit = rename(r.choice(p["leads"])) + p["work"], p.get("unit", "")
     value = int(p["work"][:-1].split("=")[-1])  # behind the last "="
     p |= dict(subject=subject, family=family.__name__, answer=f"{value}{unit}", kind="free", choices=None)
-    wrong = {v for v in (value - 10, value - 2, value - 1, value + 1, value + 2, value + 10, 2 * value) if v > 0}
+    wrong = {value + d for d in (-10, -2, -1, 1, 2, 10, value) if value + d > 0}
     options = [f"{v}{unit}" for v in r.sample(sorted(wrong), 3)] + [p["answer"]]
     r.shuffle(options)  # the right one was last
     question = " ".join([p["question"], *(f"{c}.{o}" for c, o in zip("ABCD", options))])
-    if r.random() < .25 and len(textwrap.wrap(question, COLS)) <= QUESTION_ROWS:  # a quarter (ours), if drawable
-        p |= dict(question=question, choices=options, kind="choice_text")  # text, not letter: see README, Results
-    return p | {"id": f"{split}-{i:06d}", "output": f"{steps} †Answer: {p['answer']}"}  # released rows' mark
+    if r.random() < .25 and len(textwrap.wrap(question, COLS)) <= QUESTION_ROWS:  # ours: 1 in 4, if drawable
+        p |= dict(question=question, choices=options, kind="choice_text")  # text, not letter: README, Results
+    return p | {"id": f"{split}-{i:06d}", "output": f"{steps} †Answer: {p['answer']}"}  # the released mark
 
 def text_of(p, version):
     """The words of one version: the groups that its rung leaves in the text."""
@@ -311,7 +305,7 @@ def write(draw, text, col, row, size):
     """One run of characters in the cells (col .., row). -> {(col, row): character}, blanks left out"""
     if not re.fullmatch("[ -~°]*", text):
         raise ValueError(f"no glyph for a character of {text!r}: use ASCII and °")
-    u, col, text = size / COLS, col + len(text) - len(text.lstrip()), text.strip()  # outer blanks keep room only
+    u, col, text = size / COLS, col + len(text) - len(text.lstrip()), text.strip()  # outer blanks: only room
     if size == DEFAULT_SIZE:  # bitmap: crisp, one character per cell
         draw.text((round(col * u), round(row * 2 * u)), text.encode("latin-1"), font=bitmap_font(), fill=0)
     else:  # outlines, 80 % of a cell high, smaller when the run is wider than its cells
@@ -321,11 +315,11 @@ def write(draw, text, col, row, size):
     return {(col + k, row): c for k, c in enumerate(text) if c != " "}
 
 def place(free, text, x, y):
-    """The free run of cells nearest to (x, y), as (col, row). `free`, one string a row, "." = free, is updated.
+    """The free run of cells nearest to (x, y), as (col, row). `free` (a string a row, "." = free) is updated.
     Even columns only, so a patch of tiny/ holds characters of ONE label: ours, meant to make reading easy."""
     n, room = len(text), "." * len(text)
     spots = [((c + n / 2 - x) ** 2 + (2 * w + 1 - y) ** 2, c, w)  # squared distance first, for min
-             for w in range(QUESTION_ROWS, ROWS) for c in range(0, COLS - n + 1, 2) if free[w].startswith(room, c)]
+        for w in range(QUESTION_ROWS, ROWS) for c in range(0, COLS - n + 1, 2) if free[w].startswith(room, c)]
     if not spots:
         raise ValueError(f"no room for the label {text!r}")
     _, c, w = min(spots)
@@ -336,7 +330,7 @@ def draw_problem(p, size=DEFAULT_SIZE):
     """The three pictures of a problem and where their characters stand.
     -> ({"figure", "labelled", "question": size x size grey images}, {same keys: {(col, row): character}})"""
     base, pictures, cells = draw_strokes(p, size), {}, {}
-    small = base if size == DEFAULT_SIZE else draw_strokes(p, DEFAULT_SIZE)  # so labels stand alike at any size
+    small = base if size == DEFAULT_SIZE else draw_strokes(p, DEFAULT_SIZE)  # labels stand alike at any size
     ink = small.resize((COLS, ROWS), Image.Resampling.BOX).tobytes()  # mean of each cell, 255: no stroke
     blank = ["".join("." if v == 255 else "#" for v in ink[w * COLS:(w + 1) * COLS]) for w in range(ROWS)]
     for kind in ("figure", "labelled"):
@@ -361,20 +355,20 @@ def view(p, version, suffix=""):
 def build(job):
     """Draw and save one problem; runs in a worker. -> (digest of the pixels, [(file name, row)])"""
     split, i, seed, size, folder = job
-    p, digest = make_problem(split, i, seed), hashlib.sha256()  # of pixels: PNG bytes depend on zlib
+    p, pixels = make_problem(split, i, seed), hashlib.sha256()  # not of the files: PNG bytes depend on zlib
     for kind, image in draw_problem(p, size)[0].items():
-        digest.update(image.tobytes())
+        pixels.update(image.tobytes())
         image.save(f"{folder}/images/{p['id']}-{kind}.png", compress_level=1)  # 1: fast, and still small
-    more = {k: p[k] for k in ("id", "family", "subject")}
+    digest, more = pixels.digest(), {k: p[k] for k in ("id", "family", "subject")}
     if split == "test":
         more |= {k: p[k] for k in ("answer", "kind", "choices")}  # what eval.py needs to grade
-        return digest.digest(), [("test", view(p, v) | more | dict(id=f"{p['id']}/{v}", version=v)) for v in LADDER]
-    picked = random.Random(f"{seed}/stage3/{i}").choices(list(LADDER), [1, 1, 1, 1, 2, 2], k=2)  # ours: prefer hard
-    return digest.digest(), [
+        return digest, [("test", view(p, v) | more | dict(id=f"{p['id']}/{v}", version=v)) for v in LADDER]
+    picked = random.Random(f"{seed}/stage3/{i}").choices(list(LADDER), [1, 1, 1, 1, 2, 2], k=2)
+    return digest, [
         ("stage1", view(p, "text_only") | more),
         *((f"stage2_{name}", view(p, strong) | view(p, weak, "_2") | more | {"levels": [strong, weak]})
           for name, arrows in PAIRS.items() for strong, weak in arrows),
-        *(("stage3", view(p, v) | more | {"version": v}) for v in picked)]
+        *(("stage3", view(p, v) | more | {"version": v}) for v in picked)]  # picked: ours, prefers hard
 
 def show(i, seed, size):
     """Print the ladder of one training problem and save its pictures side by side."""
@@ -387,7 +381,8 @@ def show(i, seed, size):
         print(f"{version:17s} picture: {picture or '-':9s} text: {text}")
         if picture:
             sheet.paste(pictures[picture].resize((tile, tile), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x, y + tile + 4), f"{version}\n{textwrap.fill(text, 46)}", font=caption, fill=0)
+        ImageDraw.Draw(sheet).text((x, y + tile + 4), f"{version}\n{textwrap.fill(text, 46)}",
+                                   font=caption, fill=0)
     sheet.save(f"data_show_{i}.png")
     print(f"\nwrote data_show_{i}.png")
 
@@ -412,11 +407,12 @@ def main(argv=None):
             lines.setdefault(name, []).append(json.dumps(row, ensure_ascii=False) + "\n")  # ° stays °
     if pool:
         pool.close()
-    manifest = dict(seed=args.seed, n=args.n, n_test=args.n_test, size=args.size, rows={}, sha256={})
+    manifest = dict(seed=args.seed, n=args.n, n_test=args.n_test, size=args.size,
+                    rows={k: len(v) for k, v in lines.items()}, sha256={}, pixels_sha256=pixels.hexdigest())
     for name, some in lines.items():
         (part / f"{name}.jsonl").write_bytes(data := "".join(some).encode())
-        manifest["rows"][name], manifest["sha256"][f"{name}.jsonl"] = len(some), hashlib.sha256(data).hexdigest()
-    (part / "manifest.json").write_text(json.dumps(manifest | {"pixels_sha256": pixels.hexdigest()}, indent=1))
+        manifest["sha256"][f"{name}.jsonl"] = hashlib.sha256(data).hexdigest()
+    (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
     part.rename(out)  # atomic
     print(f"wrote {args.out}/: {3 * len(jobs)} pictures, {args.size} x {args.size}; rows {manifest['rows']}")
 

@@ -1,9 +1,9 @@
 """Accuracy by problem version, and the gap between reading a problem and seeing it.
 
     python eval.py out/stage1 out/stage2 out/stage3   # table, out/accuracy.png, eval.json in each folder
-    python eval.py out/stage2 --show 0                # one test problem in its six versions: prompt, reply, mark
+    python eval.py out/stage2 --show 0                # a test problem, its six versions: prompt, reply, mark
 
-Replies are decoded greedily and marked by `score_answer`: fixed rules, no judge model, the same mark every time.
+Replies are decoded greedily and marked by `score_answer`: fixed rules, no judge, the same mark every time.
 In this order: the scorer, the replies, the reports.
 """
 import argparse
@@ -42,13 +42,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The scorer.  A reply is text that is searched and compared, never run, and whatever it says takes linear
 # time.
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 KINDS = ("choice", "choice_text", "integer", "float", "list", "free")
 Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text that was marked; why that text
-MARK = re.compile(r"†\s*Answer:\s*([^\n†]*)")  # how every solution of data_gen.py and of the released data ends
+MARK = re.compile(r"†\s*Answer:\s*([^\n†]*)")  # how solutions of data_gen.py and of the released data end
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 PHRASE = re.compile(r"(?:answer|答案)\s*(?:is|=|:|为|是)\s*(.+)", re.I)
 NUMBER = r"([+-]?(?:\d+(?:\.\d+)?|\.\d+))"
@@ -62,14 +62,15 @@ def normalise(text):
     text = unicodedata.normalize("NFKC", text.rpartition("</think>")[2])  # thinking aloud is not the answer
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)", text)
-    for old, new in (("−", "-"), ("×", "*"), ("π", "pi"), ("\\pi", "pi"), ("^{\\circ}", "°"), ("^\\circ", "°"),
-                     ("\\circ", "°"), ("{,}", ""), ("\\left", ""), ("\\right", ""), ("$", "")):
+    for old, new in (("−", "-"), ("×", "*"), ("π", "pi"), ("\\pi", "pi"), ("^{\\circ}", "°"),
+                     ("^\\circ", "°"), ("\\circ", "°"), ("{,}", ""), ("\\left", ""), ("\\right", ""),
+                     ("$", "")):
         text = text.replace(old, new)
     return text.strip()
 
 
 def extract(reply):
-    """The final answer in a normalised reply. -> (text or None, name of the rule); a rule takes its last hit."""
+    """The final answer in a normalised reply, a rule's last hit. -> (text or None, name of the rule)"""
     for rule, pattern in (("answer mark", MARK), ("boxed", BOXED), ("answer phrase", PHRASE)):
         hits = pattern.findall(reply)
         if hits:
@@ -80,7 +81,7 @@ def extract(reply):
 
 
 def value_of(text):
-    """A number, or a fraction of numbers, as (Fraction, "pi" or "", unit or ""); None when it is something else."""
+    """A number, or a fraction of numbers, as (Fraction, "pi" or "", unit or ""); None for anything else."""
     found = VALUE.fullmatch(re.sub(r"(?<=\d),(?=\d{3}\b)", "", text[:80]).strip())  # 1,200 is 1200
     if not found or (found[2] and Fraction(found[2]) == 0):
         return None
@@ -89,7 +90,7 @@ def value_of(text):
 
 
 def same(a, b):
-    """Equal values, or equal text when one is not a value. Units have to agree only where both sides have one."""
+    """Equal values, or equal text when one is not a value. Units must agree only where both have one."""
     x, y = value_of(a), value_of(b)
     if x and y:
         return x[:2] == y[:2] and (x[2] == y[2] or not x[2] or not y[2])
@@ -100,7 +101,7 @@ def score_answer(reply, gold, kind, choices=None):
     """Mark one reply. -> Score(match, extracted, rule)
 
     reply     what the model said, any text
-    gold      the right answer: a letter for "choice", one of choices for "choice_text", else a value or a text
+    gold      the right answer: a letter for "choice", one of choices for "choice_text", else a value or text
     kind      one of KINDS
     choices   the options of a multiple choice question, in order
     raises    ValueError for an unknown kind
@@ -119,7 +120,8 @@ def score_answer(reply, gold, kind, choices=None):
         index = ascii_uppercase.index(letter[1]) if letter else None
         if index is None or (options and index >= len(options)):  # then the one option with this very value
             equal = [k for k, option in enumerate(options) if same(found, option)]
-            index, rule = (equal[0], f"{rule}, option text") if len(equal) == 1 else (None, f"{rule}, no option")
+            index, rule = ((equal[0], f"{rule}, option text") if len(equal) == 1
+                           else (None, f"{rule}, no option"))
         if index is None:
             return Score(False, found, rule)
         if kind == "choice":
@@ -127,21 +129,23 @@ def score_answer(reply, gold, kind, choices=None):
         return Score(index < len(options) and same(options[index], gold), found, rule)
     if kind == "float":  # equal after rounding to as many decimals as the gold has
         x, y = value_of(found), value_of(gold)
-        return Score(bool(x and y) and round(x[0], len(gold.partition(".")[2])) == y[0] and x[1] == y[1], found, rule)
+        return Score(bool(x and y) and round(x[0], len(gold.partition(".")[2])) == y[0] and x[1] == y[1],
+                     found, rule)
     if kind == "list":
         ours, theirs = (text.strip("[](){} ").split(",") for text in (found, gold))
         return Score(len(ours) == len(theirs) and all(map(same, ours, theirs)), found, rule)
     return Score(same(found, gold), found, rule)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The replies
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def generate_replies(vlm, tokenizer, rows, root, batch_size, max_new_tokens):
     """Greedy replies to the rows, in the order of the rows."""
     device, stop = next(vlm.parameters()).device, tokenizer.eos_token_id
     # Alike lengths share a batch, the longest come first: if memory does not suffice, it shows at once.
-    order = sorted(range(len(rows)), key=lambda i: (not rows[i]["image_url"], -len(rows[i]["instruction"]), i))
+    order = sorted(range(len(rows)),
+                   key=lambda i: (not rows[i]["image_url"], -len(rows[i]["instruction"]), i))
     replies = [None] * len(rows)
     with tqdm(total=len(rows), desc="replies", disable=not sys.stderr.isatty()) as bar:
         for part in (order[k:k + batch_size] for k in range(0, len(order), batch_size)):
@@ -155,14 +159,15 @@ def generate_replies(vlm, tokenizer, rows, root, batch_size, max_new_tokens):
 
 
 def evaluate(folder, rows, args):
-    """Replies of one model to the test rows; eval.json and replies.jsonl go into its folder. -> eval.json's dict"""
+    """Replies of a model to the rows; eval.json and replies.jsonl go into its folder. -> eval.json's dict"""
     begun = time.time()
     vlm, tokenizer = load_vlm(folder, "cuda" if torch.cuda.is_available() else "cpu")
     replies = generate_replies(vlm, tokenizer, rows, args.data, args.batch_size, args.max_new_tokens)
     versions = {version: {"correct": 0, "n": 0, "unparsed": 0} for version in LADDER}
     with open(os.path.join(folder, "replies.jsonl"), "w", encoding="utf-8") as f:
         for row, reply in zip(rows, replies):
-            score, count = score_answer(reply, row["answer"], row["kind"], row["choices"]), versions[row["version"]]
+            score = score_answer(reply, row["answer"], row["kind"], row["choices"])
+            count = versions[row["version"]]
             count["correct"] += score.match
             count["n"] += 1
             count["unparsed"] += score.extracted is None
@@ -170,7 +175,7 @@ def evaluate(folder, rows, args):
             f.write(json.dumps(item, ensure_ascii=False) + "\n")
     top, bottom = share(versions["text_dominant"]), share(versions["vision_only"])
     result = {"benchmark": "builtin", "versions": versions,
-              "all": sum(share(versions[v]) for v in IMAGE_VERSIONS) / len(IMAGE_VERSIONS),  # mean of the versions
+              "all": sum(share(versions[v]) for v in IMAGE_VERSIONS) / len(IMAGE_VERSIONS),  # their mean
               "gap": top - bottom, "relative_gap": (top - bottom) / top if top else None,
               "seconds": time.time() - begun}
     with open(os.path.join(folder, "eval.json"), "w") as f:
@@ -178,15 +183,15 @@ def evaluate(folder, rows, args):
     return result
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The reports
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def share(count):
     return count["correct"] / max(1, count["n"])
 
 
 def interval(count):
-    """95 % Wilson score interval of a share, as (low, high). Not +-2 standard errors: that is (0, 0) at 0 right."""
+    """95 % Wilson score interval as (low, high). Not +-2 standard errors: that is (0, 0) at 0 right."""
     n, z = count["n"], 1.96
     if n == 0:
         return 0.0, 1.0
@@ -214,7 +219,8 @@ def table(results):
 
 def draw_chart(results, path):
     """A PNG: bars by version, one shade for each model, whiskers = 95 % intervals."""
-    shades, font = ("#b8c4d6", "#5b84b1", "#1f3d63", "#c58b3d", "#7a9a5a", "#8a5a83"), ImageFont.load_default(15)
+    shades = ("#b8c4d6", "#5b84b1", "#1f3d63", "#c58b3d", "#7a9a5a", "#8a5a83")
+    font = ImageFont.load_default(15)
     left, top, height, bar = 60, 60, 260, max(12, 84 // len(results))
     group = bar * len(results) + 30
     image = Image.new("RGB", (left + group * len(LADDER) + 20, top + height + 60), "white")
@@ -250,7 +256,8 @@ def show(args, rows):
     for row, reply in zip(some, replies):
         score = score_answer(reply, row["answer"], row["kind"], row["choices"])
         print(f"\n{row['version']}: {row['instruction']}  [{row['image_url'] or 'no picture'}]\n  {reply}")
-        print(f"  {'right' if score.match else 'WRONG'}: {score.extracted!r}, found by the rule {score.rule!r}")
+        print(f"  {'right' if score.match else 'WRONG'}: {score.extracted!r}, "
+              f"found by the rule {score.rule!r}")
 
 
 def main(argv=None):

@@ -1,8 +1,8 @@
-"""The model, and the one place where text, pictures and labels become tensors. The stages and eval.py share it.
+"""The model, and the one place where text, pictures and labels become tensors. The stages and eval.py use it.
 
     picture (3, S, S) -> vision encoder -> (P, W) -> projector -> (P, H) -+
                                                                           | in the place of the P placeholders
-    tokens (L) --------> token embeddings ---------> (L, H) --------------+-> LLM -> hidden (L, H) -> lm_head -> (V)
+    tokens (L) --------> token embeddings ---------> (L, H) --------------+-> LLM -> (L, H) -> lm_head -> (V)
 
 Letters, used as they stand in every file:
     B  sequences in a batch        P  image tokens of a picture       H  hidden width of the LLM
@@ -33,11 +33,11 @@ IMAGE_TOKEN = "<|image|>"  # the placeholder; the released Qwen checkpoints call
 IGNORE = -100  # label of a position that is not trained on; torch's cross_entropy skips this value
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The network
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Projector(nn.Module):
-    """From the width of a vision feature to that of a token embedding: Linear, GELU, Linear (arXiv 2310.03744)."""
+    """From the width of a vision feature to that of a token: Linear, GELU, Linear (arXiv 2310.03744)."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -50,8 +50,8 @@ class Projector(nn.Module):
 class VLM(nn.Module):
     """Vision encoder, projector and language model.
 
-    A plain nn.Module, not a PreTrainedModel: what happens between picture and logits is on this page, not in a base
-    class.
+    A plain nn.Module, not a PreTrainedModel: what happens between picture and logits is on this page, not
+    in a base class.
     """
 
     def __init__(self, vision, projector, language_model, image_token_id):
@@ -87,14 +87,14 @@ class VLM(nn.Module):
             # every trainable parameter.  So a blank picture goes through, and none of its features is used.
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         features = self.projector(self.vision_model(pixel_values=pixel_values).last_hidden_state)  # (I, P, H)
-        return x.masked_scatter(here[..., None], features[:images].to(x.dtype))  # row-major = order of appearance
+        return x.masked_scatter(here[..., None], features[:images].to(x.dtype))  # row-major = as they appear
 
     def forward(self, batch):
         """Hidden rows (N, H), after the final norm, of the positions that have to predict an answer token.
 
-        Not the logits of all positions: (B, L, V) would be the largest tensor of the step, and N rows of it are used.
-        Not with an attention mask: batches are padded on the right and attention is causal, so no real position sees
-        a pad, and attention may take its fast causal path.
+        Not the logits of all positions: (B, L, V) would be the largest tensor of the step, and N rows of it
+        are used.  Not with an attention mask: batches are padded on the right and attention is causal, so no
+        real position sees a pad, and attention may take its fast causal path.
         """
         x = self.embed(batch.input_ids, batch.pixel_values)
         hidden = self.language_model.model(inputs_embeds=x, use_cache=False).last_hidden_state  # (B, L, H)
@@ -102,16 +102,17 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, max_new_tokens, stop_id, pad_id):
-        """Greedy decoding, with a KV cache, of prompts padded on the left. -> (B, <= max_new_tokens) token ids"""
+        """Greedy decoding with a KV cache; prompts padded on the left. -> (B, <= max_new_tokens) token ids"""
         self.eval()
         return self.language_model.generate(
-            inputs_embeds=self.embed(batch.input_ids, batch.pixel_values), attention_mask=batch.attention_mask,
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_id, pad_token_id=pad_id)
+            inputs_embeds=self.embed(batch.input_ids, batch.pixel_values),
+            attention_mask=batch.attention_mask, max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=stop_id, pad_token_id=pad_id)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From a data row to tensors: prompt, image placeholders, labels and the shift are made here and nowhere else
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Batch:
     input_ids: torch.Tensor  # (B, L) int64
@@ -140,17 +141,19 @@ def load_image(path, size):
         return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
-def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_length=1024, size=None, answer=True):
+def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_length=1024, size=None,
+                   answer=True):
     """One form of a data row as (input_ids, labels, picture or None).
 
-    row       dict with image_url, instruction, output, each with the suffix "" or "_2"; image_url "" = text only
+    row       dict with image_url, instruction, output, each with suffix "" or "_2"; image_url "" = text only
     size      picture side S; root: the folder image_url starts from
     answer    False: the prompt only, for generation
     raises    ValueError when the prompt alone fills max_length; a long answer loses its tail
 
-    The prompt is the tokenizer's chat template.  The picture comes before the words, where a text-only prompt has its
-    conditions.  The P placeholders are put in HERE, before the model, so labels and logits count positions alike.  (The
-    released Qwen code expands them inside forward; its alignment loss then picks other rows, see the README.)
+    The prompt is the tokenizer's chat template.  The picture comes before the words, where a text-only prompt
+    has its conditions.  The P placeholders are put in HERE, before the model, so labels and logits count
+    positions alike.  (The released Qwen code expands them inside forward; its alignment loss then picks other
+    rows, see the README.)
     """
     text, picture, mark = row[f"instruction{suffix}"], row[f"image_url{suffix}"], "\x00"
     before, after = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False,
@@ -162,7 +165,8 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
     prompt = template(before) + images + plain(text) + template(after)
     target = plain(row[f"output{suffix}"]) + [tokenizer.eos_token_id] if answer else []
     if len(prompt) + bool(target) > max_length:
-        raise ValueError(f"row {row.get('id', '?')}: its prompt has {len(prompt)} tokens, --max_length is {max_length}")
+        raise ValueError(f"row {row.get('id', '?')}: its prompt has {len(prompt)} tokens, "
+                         f"--max_length is {max_length}")
     # The shift: position t predicts token t + 1.  So the last prompt position has the first answer token as
     # its label, and the last position, which would predict what follows <eos>, has none.
     labels = [IGNORE] * (len(prompt) - 1) + target + [IGNORE] if answer else [IGNORE] * len(prompt)
@@ -183,7 +187,7 @@ def collate(examples, pad_id, size, left=False):
 
 
 def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer=True):
-    """Rows -> Batch, with P and S from the model's vision config. answer=False: prompts only, padded on the left."""
+    """Rows -> Batch, P and S as in the vision config. answer=False: prompts only, padded on the left."""
     size = vlm.vision_model.config.image_size
     examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root,
                                max_length=max_length, size=size, answer=answer) for row in rows]
@@ -193,8 +197,8 @@ def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer
 def read_rows(path, fields=("image_url", "instruction", "output")):
     """A JSONL file as a list of dicts that all have these fields, as strings, and whose pictures exist.
 
-    Exits with file:line and what is wrong at the first row that cannot be used: a silent skip would change the
-    data.  Asked for output_2 as well, it also refuses a pair with two different answers.
+    Exits with file:line and what is wrong at the first row that cannot be used: a silent skip would change
+    the data.  Asked for output_2 as well, it also refuses a pair with two different answers.
     """
     if not os.path.exists(path):
         sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data folder")
@@ -212,7 +216,8 @@ def read_rows(path, fields=("image_url", "instruction", "output")):
                     if field.startswith("image_url") and row[field] and not os.path.isfile(picture):
                         raise ValueError(f"row {row.get('id', '?')}: picture {picture} does not exist")
                 if "output_2" in fields and row["output"] != row["output_2"]:
-                    raise ValueError(f"the answers of a pair differ: {row['output']!r} and {row['output_2']!r}")
+                    raise ValueError(f"the answers of a pair differ: {row['output']!r} and "
+                                     f"{row['output_2']!r}")
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 sys.exit(f"{path}:{number}: {error}")
             rows.append(row)
@@ -221,11 +226,11 @@ def read_rows(path, fields=("image_url", "instruction", "output")):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Model folders: config.json, model.safetensors and tokenizer files, as Hugging Face lays them out
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def build(config):
-    """A VLM with random weights from {"vision_config": {...}, "text_config": {...}, "image_token_id": int}."""
+    """A VLM of random weights from {"vision_config": {...}, "text_config": {...}, "image_token_id": int}."""
     vision = SiglipVisionModel(SiglipVisionConfig(**config["vision_config"]))
     llm = Qwen2ForCausalLM(Qwen2Config(**config["text_config"]))
     projector = Projector(vision.config.hidden_size, llm.config.hidden_size)
@@ -252,7 +257,7 @@ def save_vlm(folder, vlm, tokenizer, dtype=torch.float32):
 def load_vlm(folder, device="cpu"):
     """Read a folder of save_vlm, or the newest complete checkpoint in it. -> (VLM in float32, tokenizer)
 
-    Exits when a tensor is missing, left over or of another shape: nothing ever stays at its random initial value.
+    Exits when a tensor is missing, left over or of another shape: nothing stays at its random initial value.
     """
     folder = resolve(folder)
     with open(os.path.join(folder, "config.json")) as f:
@@ -266,18 +271,19 @@ def load_vlm(folder, device="cpu"):
     for name in sorted(own.keys() | tensors.keys()):
         there, here = (tuple(d[name].shape) if name in d else "absent" for d in (tensors, own))
         if there != here:
-            sys.exit(f"{weights}: {name} is {there} in the file, {here} in the model that config.json describes")
+            sys.exit(f"{weights}: {name} is {there} in the file, {here} in the model that "
+                     "config.json describes")
     vlm.load_state_dict(tensors)
     vlm.source_sha256 = sha256(weights)  # a run writes down what it started from
     tokenizer = AutoTokenizer.from_pretrained(folder, config=vlm.language_model.config)
     return vlm.float().to(device), tokenizer
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints: out/step-N is complete or absent.  All files go into a temporary folder, the last one is
 # manifest.json with sizes and SHA-256 (safetensors has no checksum of its own: a flipped bit loads silently),
 # then the folder gets its name.  Without a manifest that holds there is no checkpoint.
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -287,9 +293,10 @@ def intact(folder):
     """True when the folder has a manifest and every file in it has the size and the hash that stand there."""
     try:
         with open(os.path.join(folder, "manifest.json")) as f:
-            entries = [(os.path.join(folder, name), e["size"], e["sha256"]) for name, e in json.load(f).items()]
+            entries = [(os.path.join(folder, name), e["size"], e["sha256"])
+                       for name, e in json.load(f).items()]
         return all(os.path.getsize(path) == size and sha256(path) == digest for path, size, digest in entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, unreadable, or not a manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, unreadable, no manifest
         return False
 
 
@@ -305,12 +312,13 @@ def newest_checkpoint(out):
         folder = os.path.join(out, f"step-{step}")
         if intact(folder):
             return folder
-        print(f"warning: {folder} is damaged (its manifest does not hold); trying an older one", file=sys.stderr)
+        print(f"warning: {folder} is damaged (its manifest does not hold); trying an older one",
+              file=sys.stderr)
     return None
 
 
 def finished(out):
-    """True when the newest checkpoint of a run stands at the last of its steps: a half-trained model is no parent."""
+    """True when the newest checkpoint is at the last step of its run: a half-trained model is no parent."""
     newest = newest_checkpoint(out)
     if newest is None:
         return False
@@ -320,10 +328,11 @@ def finished(out):
 
 
 def resolve(folder):
-    """A model folder for the name of one, or of a run folder with checkpoints in it. Exits when there is none."""
+    """The model folder of this name, or the newest checkpoint in a run folder. Exits when there is none."""
     if os.path.exists(os.path.join(folder, "config.json")):
         if os.path.exists(os.path.join(folder, "manifest.json")) and not intact(folder):
-            sys.exit(f"{folder} is damaged: its files do not match manifest.json; name another step or train again")
+            sys.exit(f"{folder} is damaged: its files do not match manifest.json; "
+                     "name another step or train again")
         return folder
     newest = newest_checkpoint(folder)
     if newest is None:
@@ -334,7 +343,7 @@ def resolve(folder):
 def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
     """Write out/step-N and delete all but the newest `keep`. state: a dict for trainer_state.json.
 
-    AdamW keeps three tensors a parameter; they go through safetensors bit for bit.  No pickle: loading one runs code.
+    AdamW's three tensors a parameter go through safetensors bit for bit.  No pickle: loading one runs code.
     """
     final, part = os.path.join(out, f"step-{step}"), os.path.join(out, f"part-{step}")
     shutil.rmtree(part, ignore_errors=True)
@@ -360,7 +369,7 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
 
 
 def load_checkpoint(folder, vlm, optimizer):
-    """Put a checkpoint's weights and optimizer state into objects of the same shape. -> its trainer_state.json"""
+    """Put a checkpoint's weights and optimizer state into objects of that shape. -> its trainer_state.json"""
     with open(os.path.join(folder, "trainer_state.json")) as f:
         state = json.load(f)
     vlm.load_state_dict(load_vlm(folder)[0].state_dict())
@@ -375,10 +384,10 @@ def load_checkpoint(folder, vlm, optimizer):
 
 
 def start_or_resume(args, vlm, optimizer, run, rank):
-    """Step to begin at: 0, or that of the newest complete checkpoint in args.out, loaded into vlm and optimizer.
+    """Step to begin at: 0, or that of the newest complete checkpoint in args.out, put into vlm and optimizer.
 
-    run: {"flags", "init_sha256", "data_sha256", ...}.  Exits when the checkpoint comes from other flags, another model
-    or other data: going on would give a result that no one command can reproduce.
+    run: {"flags", "init_sha256", "data_sha256", ...}.  Exits when the checkpoint comes from other flags,
+    another model or other data: going on would give a result that no one command can reproduce.
     """
     if rank == 0 and not args.resume and os.path.isdir(args.out):
         shutil.rmtree(args.out)  # --no-resume is how a user asks for that
@@ -394,12 +403,13 @@ def start_or_resume(args, vlm, optimizer, run, rank):
             open(metrics, "w").close()
         return 0
     state = load_checkpoint(found, vlm, optimizer)
-    free = ("out", "resume", "log_every", "save_every", "micro_batch", "evaluate", "show")  # no effect on the result
+    free = ("out", "resume", "log_every", "save_every", "micro_batch", "evaluate", "show")  # these may differ
     there, here = ({k: v for k, v in r["flags"].items() if k not in free}
                    | {k: r[f"{k}_sha256"] for k in ("init", "data")} for r in (state["run"], run))
     differ = [f"--{k}: {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
     if differ:
-        sys.exit(f"{found} is from another run ({'; '.join(differ)}): give its flags, another --out or --no-resume")
+        sys.exit(f"{found} is from another run ({'; '.join(differ)}): "
+                 "give its flags, another --out or --no-resume")
     if rank == 0:
         print(f"resuming {found}", flush=True)
         with open(metrics) as f:  # steps after the checkpoint are done again and must not stand in it twice

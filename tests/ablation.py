@@ -1,10 +1,10 @@
-"""Train all variants on several seeds and write tests/results/ablation.json: where the README's result tables come from.
+"""Train all variants on several seeds and write tests/results/ablation.json, source of the README's tables.
 
     python tests/ablation.py                                        # everything, hours on 2 CPU cores
     python tests/ablation.py --seeds 3407 --variants stage2 ce_only # a part; adds to what the file holds
 
-A seed changes the order of the rows in every stage; data, backbones and test problems stay the same.  Finished
-runs are kept in --out and not trained again.
+A seed changes the order of the rows in every stage; data, backbones and test problems stay the same.
+Finished runs are kept in --out and not trained again.
 """
 import argparse
 import json
@@ -69,13 +69,14 @@ def main():
         runs[seed] = runs.get(seed, {}) | new
         with open(path, "w") as f:  # after every seed: a killed run keeps what it has
             json.dump({"command": "python tests/ablation.py", "date": time.strftime("%Y-%m-%d"),
-                       "torch": torch.__version__, "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+                       "torch": torch.__version__,
+                       "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
                        "runs": dict(sorted(runs.items()))}, f, indent=1)
     print(markdown(runs))
 
 
 def markdown(runs):
-    """The README's table: mean over the seeds that have run, lowest and highest below the mean where there are several."""
+    """The README's table: mean over the seeds that have run; if several, lowest and highest below it."""
     head = [*LADDER, "ALL", "relative gap"]
     lines = ["| | seeds | " + " | ".join(head) + " |", "|---|--:|" + "--:|" * len(head)]
     for name in ["stage1", *VARIANTS]:

@@ -1,11 +1,11 @@
-"""Time the alignment loss, forward and backward, against its arithmetic floor and against other ways to compute it.
+"""Time the alignment loss, forward and backward, against its arithmetic floor and other ways to compute it.
 
-    python tests/bench_kl.py                # CUDA: the four shapes of Qwen2's vocabulary; else two shapes on the CPU
-    python tests/bench_kl.py --rounds 3     # quicker and noisier
+    python tests/bench_kl.py               # CUDA: the four shapes of Qwen2's vocabulary; else two on the CPU
+    python tests/bench_kl.py --rounds 3    # quicker and noisier
 
-Every round runs every competitor once, one after the other on the same random rows, so a slow moment of the machine hits all
-of them; the table has medians over the rounds.  Compilation and the first call are not counted.  Peers that are not installed
-are named and left out.  Writes tests/results/bench_kl_<device>.json.
+Every round runs every competitor once, one after the other on the same random rows, so a slow moment of the
+machine hits all of them; the table has medians over the rounds.  Compilation and the first call are not
+counted.  Peers that are not installed are named and left out.  Writes tests/results/bench_kl_<device>.json.
 """
 import argparse
 import functools
@@ -25,14 +25,19 @@ import stage2_kl_align as stage2  # noqa: E402
 
 ALPHA, LAM = .5, .5
 CUDA = torch.cuda.is_available()
-SHAPES = ([(1024, 1536, 151_936), (4096, 1536, 151_936), (4096, 3584, 152_064), (16384, 3584, 152_064)] if CUDA else
-          [(2048, 128, 528), (256, 1536, 151_936)])  # (N, H, V); the CPU's: tiny/, and one small batch at the real head
+SHAPES = (  # (N, H, V); the CPU's: tiny/, and one small batch at the real head
+    [(1024, 1536, 151_936), (4096, 1536, 151_936), (4096, 3584, 152_064), (16384, 3584, 152_064)] if CUDA else
+    [(2048, 128, 528), (256, 1536, 151_936)])
 
 
 def full_logits(hs, ht, W, labels, released=False):
-    """Equations (1)-(4) on whole logit matrices; released: with that code's standardization and float32 log-softmaxes."""
+    """Equations (1)-(4) on whole logit matrices.
+
+    released: with the released code's standardization and float32 log-softmaxes.
+    """
     z_s, z_t = (hs.to(W.dtype) @ W.T).float(), (ht.to(W.dtype) @ W.T).float()
-    s, t = ((z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-6) if released else z for z in (z_s, z_t))
+    s, t = ((z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-6) if released else z
+            for z in (z_s, z_t))
     log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
     fkl = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
     rkl = F.kl_div(log_p, log_q, log_target=True, reduction="sum")
@@ -54,11 +59,12 @@ def three_products(hs, ht, W, chunk):
 
 
 def liger(hs, ht, W, labels):
-    """The same function from the kernels of liger-kernel: two divergences and a cross-entropy, each with its own products."""
+    """The same by liger-kernel's kernels: two divergences and a cross-entropy, each with its own products."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy, liger_fused_linear_jsd
     h, no_grad = hs.to(W.dtype), ht.to(W.dtype)
     fkl, rkl = (liger_fused_linear_jsd(h, W, no_grad, W, jsd_beta=beta) for beta in (0., 1.))
-    return LAM * (ALPHA * fkl + (1 - ALPHA) * rkl) + (1 - LAM) * liger_fused_linear_cross_entropy(h, W, labels)
+    return (LAM * (ALPHA * fkl + (1 - ALPHA) * rkl)
+            + (1 - LAM) * liger_fused_linear_cross_entropy(h, W, labels))
 
 
 def competitors(N, H):
@@ -94,19 +100,25 @@ def seconds(run):
 
 
 def time_shape(N, H, V, rounds):
-    """-> {name: {"ms": median, "spread": highest / lowest, "gb": peak beyond the inputs}}, missing peers, ms of the floor"""
+    """-> table, missing peers, ms of the floor
+
+    table: {name: {"ms": median, "spread": highest / lowest, "gb": peak beyond the inputs}}
+    """
     device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
     torch.manual_seed(0)
     ht = torch.randn(N, H, device=device)
-    hs, W = (ht + .3 * torch.randn_like(ht)).requires_grad_(), (torch.randn(V, H, device=device) * 3 / H ** .5).to(dtype)
+    hs = (ht + .3 * torch.randn_like(ht)).requires_grad_()
+    W = (torch.randn(V, H, device=device) * 3 / H ** .5).to(dtype)
     labels = torch.randint(0, V, (N,), device=device)
     runs, missing = competitors(N, H)
-    calls = {name: functools.partial(lambda f: torch.autograd.grad(f(hs, ht, W, labels), hs), f) for name, f in runs.items()}
+    calls = {name: functools.partial(lambda f: torch.autograd.grad(f(hs, ht, W, labels), hs), f)
+             for name, f in runs.items()}
     if CUDA:
-        calls |= {f"floor, chunks of {n}": functools.partial(three_products, hs.detach(), ht, W, n) for n in (1024, 2048, N)
-                  if n <= N and 4 * n * V < 40e9}
+        calls |= {f"floor, chunks of {n}": functools.partial(three_products, hs.detach(), ht, W, n)
+                  for n in (1024, 2048, N) if n <= N and 4 * n * V < 40e9}
     else:
-        calls["floor"] = functools.partial(three_products, hs.detach(), ht, W, min(N, max(1, stage2.CHUNK_ELEMENTS // V)))
+        calls["floor"] = functools.partial(three_products, hs.detach(), ht, W,
+                                           min(N, max(1, stage2.CHUNK_ELEMENTS // V)))
     found, memory = {name: [] for name in calls}, {}
     for name, call in list(calls.items()):
         try:
@@ -122,12 +134,13 @@ def time_shape(N, H, V, rounds):
     for _ in range(rounds):
         for name, call in calls.items():
             found[name].append(seconds(call))
-    table = {name: {"ms": 1e3 * statistics.median(t), "spread": max(t) / min(t), "gb": memory[name]} for name, t in found.items()}
+    table = {name: {"ms": 1e3 * statistics.median(t), "spread": max(t) / min(t), "gb": memory[name]}
+             for name, t in found.items()}
     return table, missing, min(row["ms"] for name, row in table.items() if name.startswith("floor"))
 
 
 def row_kernel(N, V, rounds):
-    """The row kernel alone against the time that its 10 bytes an element take at the measured speed of a copy. CUDA only."""
+    """The row kernel alone against the time of its 10 bytes an element at the speed of a copy. CUDA only."""
     n = min(N, stage2.CHUNK_ROWS)
     slab, one = torch.randn(2 * n, V, device="cuda").bfloat16(), torch.ones(n, device="cuda")
     labels, other = torch.zeros(n, dtype=torch.int64, device="cuda"), torch.empty_like(slab)
@@ -174,12 +187,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 9)
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    print(name, "" if CUDA else "(no CUDA device: small shapes, float32, PyTorch only)", "torch", torch.__version__)
-    result = {"date": time.strftime("%Y-%m-%d"), "device": name, "torch": torch.__version__, "rounds": args.rounds,
-              "command": " ".join(["python", *sys.argv]), "shapes": []}
+    print(name, "" if CUDA else "(no CUDA device: small shapes, float32, PyTorch only)",
+          "torch", torch.__version__)
+    result = {"date": time.strftime("%Y-%m-%d"), "device": name, "torch": torch.__version__,
+              "rounds": args.rounds, "command": " ".join(["python", *sys.argv]), "shapes": []}
     for N, H, V in SHAPES:
         table, missing, floor = time_shape(N, H, V, args.rounds)
-        print(f"\nN {N}, H {H}, V {V:,}: floor (three products) {floor:.2f} ms" + "".join(f"\n  {line}" for line in missing))
+        print(f"\nN {N}, H {H}, V {V:,}: floor (three products) {floor:.2f} ms" +
+              "".join(f"\n  {line}" for line in missing))
         for key, row in sorted(table.items(), key=lambda item: item[1]["ms"]):
             gb = "" if row["gb"] is None else f" {row['gb']:7.2f} GB"
             print(f"  {key:24s} {row['ms']:9.2f} ms  {row['ms'] / floor:6.2f} x floor  "
@@ -192,9 +207,11 @@ def main():
     print("\nrelative error of the gradient against float64 (bfloat16 head)")
     result["accuracy"] = accuracy()
     for row in result["accuracy"]:
-        print("  " + "  ".join(f"{k} {v:.1e}" if k == "kl" else f"{k} {100 * v:.2f} %" for k, v in row.items()))
+        print("  " + "  ".join(f"{k} {v:.1e}" if k == "kl" else f"{k} {100 * v:.2f} %"
+                               for k, v in row.items()))
     result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", f"bench_kl_{'cuda' if CUDA else 'cpu'}.json")
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results",
+                        f"bench_kl_{'cuda' if CUDA else 'cpu'}.json")
     with open(path, "w") as f:
         json.dump(result, f, indent=1)
     print(f"\nwrote {os.path.relpath(path)}")

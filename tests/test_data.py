@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 import data_gen as dg
 
 problems = cache(lambda n=240, split="train": [dg.make_problem(split, i) for i in range(n)])
-drawn = lambda cells: ["".join(cells.get((c, w), " ") for c in range(dg.COLS)) for w in range(dg.ROWS)]  # lines
+drawn = lambda cells: ["".join(cells.get((c, w), " ") for c in range(dg.COLS))
+                       for w in range(dg.ROWS)]  # lines
 ints = lambda text: [int(n) for n in re.findall(r"\d+", text)]
 FILES = dict(stage1=24, stage2_neighbours=72, stage2_top=72, stage3=48, test=36)  # rows of `data`
 rows = lambda data, name: [json.loads(line) for line in data[f"{name}.jsonl"].decode().splitlines()]
@@ -39,7 +40,7 @@ def slow_start(job, build=dg.build):
     return time.sleep(.3 * (job[1] == 0)) or build(job)
 
 def test_neither_workers_nor_n_matter(tmp_path, monkeypatch):
-    """More cores must not give other data or another order, and a larger data set must extend a smaller one."""
+    """More cores must not give other data or another order, and a larger data set must extend a smaller."""
     few, more = make(tmp_path / "a", 70, 2), make(tmp_path / "b", 72, 3)
     monkeypatch.setattr(dg, "build", slow_start)  # now the first job comes back last
     assert few == make(tmp_path / "c", 70, 2, "--workers", "2") and few.pop("manifest.json")
@@ -57,7 +58,8 @@ def test_no_test_problem_is_trained_on():
 
 def test_enough_families():
     """Plane geometry, solid geometry and functions have to weigh the same."""
-    families = [{p["family"] for p in problems() if p["subject"] == s} for s in ("plane", "solid", "functions")]
+    families = [{p["family"] for p in problems() if p["subject"] == s}
+                for s in ("plane", "solid", "functions")]
     assert min(map(len, families)) >= 4 and len(set(Counter(p["family"] for p in problems()).values())) == 1
 
 def test_a_rung_only_loses_text():
@@ -74,7 +76,8 @@ def test_what_leaves_the_text_is_in_the_picture():
     for p in problems():
         cells = dg.draw_problem(p)[1]
         for kind in ("labelled", "question"):
-            assert Counter(ints(p["numeric"])) <= Counter(ints(" ".join(drawn(cells[kind])[dg.QUESTION_ROWS:])))
+            assert Counter(ints(p["numeric"])) <= Counter(
+                ints(" ".join(drawn(cells[kind])[dg.QUESTION_ROWS:])))
         assert not ints("".join(drawn(cells["figure"])))
         points = "".join(re.findall(r"\b[A-Z]+\b", p["descriptive"] + " " + p["implicit"]))
         assert set(points) <= set("".join(drawn(cells["figure"])))
@@ -82,7 +85,8 @@ def test_what_leaves_the_text_is_in_the_picture():
 
 SOLVE = {  # family: answer of problem p from the numbers n in its givens
     "exterior_angle": lambda n, p: n[0] + n[1], "circle_diameter": lambda n, p: 90 - n[0],
-    "isosceles_triangle": lambda n, p: (180 - n[0]) / 2 if p["descriptive"][0] in p["numeric"] else 180 - 2 * n[0],
+    "isosceles_triangle":
+        lambda n, p: (180 - n[0]) / 2 if p["descriptive"][0] in p["numeric"] else 180 - 2 * n[0],
     "rectangle": lambda n, p: n[0] * n[1] if "area" in p["question"] else 2 * n[0] + 2 * n[1],
     "box_volume": lambda n, p: n[0] * n[1] * (n[2] if "volume" in p["question"] else 1),
     "cylinder": lambda n, p: n[0] * n[1] * (n[0] if "volume" in p["question"] else 2),
@@ -100,7 +104,7 @@ def test_answers_and_steps_are_right():
         assert sums[-1][1] == value and all(eval(left) == int(right) for left, right in sums), p["output"]
 
 def test_multiple_choice():
-    """One of four different values, in the order the question shows; the answer is its text, as in MathVista."""
+    """One of four different values, in the order of the question; the answer is its text, as in MathVista."""
     some = [p for p in problems() if p["choices"]]
     assert .1 < len(some) / len(problems()) < .3 and len({p["choices"].index(p["answer"]) for p in some}) == 4
     for p in some:
@@ -118,7 +122,8 @@ def test_labels_are_readable(size, n):
         for kind, at in cells.items():
             words = [bare[0] if bare and kind == "figure" else w for w, _, _, *bare in p["labels"]]
             words += p["question"].split() if kind == "question" else []
-            assert sorted("".join(words).replace(" ", "")) == sorted(at.values())  # two in one cell would lose a character
+            # two in one cell would lose a character
+            assert sorted("".join(words).replace(" ", "")) == sorted(at.values())
             outside = np.asarray(pictures[kind]) != strokes
             outside[:top] &= kind != "question"  # outlines are narrower than cells
             for col, row in at:
@@ -133,13 +138,16 @@ def test_pixels_spell_the_characters():
     for pictures, cells in map(dg.draw_problem, problems()[:36]):
         for kind, (col, row) in ((kind, cell) for kind, at in cells.items() for cell in at):
             glyph = Image.new("L", (5, 12), 255)  # a cell is 6 wide, but the next letter's serif may reach in
-            ImageDraw.Draw(glyph).text((0, 0), cells[kind][col, row].encode("latin-1"), font=dg.bitmap_font(), fill=0)
-            assert pictures[kind].crop((6 * col, 12 * row, 6 * col + 5, 12 * row + 12)).tobytes() == glyph.tobytes()
+            ImageDraw.Draw(glyph).text((0, 0), cells[kind][col, row].encode("latin-1"),
+                                       font=dg.bitmap_font(), fill=0)
+            assert pictures[kind].crop(
+                (6 * col, 12 * row, 6 * col + 5, 12 * row + 12)).tobytes() == glyph.tobytes()
 
 def test_what_cannot_be_drawn_is_an_error():
     """A character without a glyph, or a label without room of its own, would be missing unnoticed."""
     for size in (108, 384):
-        pytest.raises(ValueError, dg.write, ImageDraw.Draw(Image.new("L", (9, 9))), "∠A", 0, 0, size).match("glyph")
+        pytest.raises(ValueError, dg.write, ImageDraw.Draw(Image.new("L", (9, 9))),
+                      "∠A", 0, 0, size).match("glyph")
     free, seen = ["." * dg.COLS] * dg.ROWS, set()
     with pytest.raises(ValueError, match="no room"):  # and no cell twice before that
         while (spot := dg.place(free, "A", 9, 12)) not in seen:
@@ -157,14 +165,16 @@ def test_row_files(data):
         for suffix, version in zip(("", "_2"), row.get("levels", [row.get("version", "text_only")])):
             url = f"images/{p['id']}-{(kind := dg.LADDER[version][1])}.png" if version != "text_only" else ""
             assert [row[f + suffix] for f in released] == [url, dg.text_of(p, version), p["output"]]
-            assert not url or Image.open(BytesIO(data[url])).tobytes() == dg.draw_problem(p)[0][kind].tobytes()
+            assert (not url or
+                    Image.open(BytesIO(data[url])).tobytes() == dg.draw_problem(p)[0][kind].tobytes())
     assert [row["version"] for row in rows(data, "test")[:6]] == list(dg.LADDER)
 
 def test_pairs(data):
     """Teacher and student swapped, or a level skipped, would teach something else than the paper."""
     steps = list(zip(dg.PYRAMID, dg.PYRAMID[1:]))
     for name, arrows in ("neighbours", steps), ("top", [("text_only", weak) for _, weak in steps]):
-        assert Counter(tuple(row["levels"]) for row in rows(data, f"stage2_{name}")) == dict.fromkeys(arrows, 24)
+        assert Counter(tuple(row["levels"]) for row in
+                       rows(data, f"stage2_{name}")) == dict.fromkeys(arrows, 24)
     assert [v for v in dg.LADDER if v in dg.PYRAMID] == list(dg.PYRAMID) and len(steps) == 3
 
 def test_complete_or_absent(tmp_path, monkeypatch):
@@ -177,8 +187,8 @@ def test_complete_or_absent(tmp_path, monkeypatch):
     (tmp_path / "d.part" / "old").touch()
     assert "old" not in make(tmp_path / "d", 2, 1) and [f.name for f in tmp_path.iterdir()] == ["d"]
 
-@pytest.mark.parametrize("flags", ["--n -1", "--n_test -1", "--size 107", "--workers 0", "--show -1", "--show 0 --n 2",
-                                   "--out file", "--out folder"])
+@pytest.mark.parametrize("flags", ["--n -1", "--n_test -1", "--size 107", "--workers 0", "--show -1",
+                                   "--show 0 --n 2", "--out file", "--out folder"])
 def test_refused(flags, tmp_path, monkeypatch):
     """An error names the flag in one line before anything is written; what is there may be the only copy."""
     monkeypatch.chdir(tmp_path)

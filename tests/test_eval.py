@@ -53,7 +53,8 @@ def test_unparsed_is_told_from_wrong():
 
 def test_a_long_hostile_reply_is_quick():
     import time
-    for text in ("(" * 100_000, "†Answer: " + "9" * 100_000, "answer is " * 10_000, "\\boxed{" * 14_000, "<think>" * 14_000, "\\frac{" * 16_000):
+    for text in ("(" * 100_000, "†Answer: " + "9" * 100_000, "answer is " * 10_000, "\\boxed{" * 14_000,
+                 "<think>" * 14_000, "\\frac{" * 16_000):
         start = time.process_time()
         assert not score_answer(text, "7", "free").match
         assert time.process_time() - start < 1
@@ -75,10 +76,13 @@ def test_wilson_interval():
 
 def test_numbers_of_the_table(tmp_path, monkeypatch):
     """Replies are given, so every figure is known beforehand."""
-    rows = [{"image_url": "", "instruction": "", "answer": "7", "kind": "free", "choices": None, "version": v, "id": f"t{i}/{v}"}
+    rows = [{"image_url": "", "instruction": "", "answer": "7", "kind": "free", "choices": None,
+             "version": v, "id": f"t{i}/{v}"}
             for i in range(4) for v in LADDER]
-    right = {"text_only": 4, "text_dominant": 4, "text_lite": 3, "vision_intensive": 2, "vision_dominant": 1, "vision_only": 1}
-    replies = ["†Answer: 7" if int(r["id"][1]) < right[r["version"]] else ("" if r["version"] == "vision_only" else "†Answer: 8") for r in rows]
+    right = {"text_only": 4, "text_dominant": 4, "text_lite": 3, "vision_intensive": 2,
+             "vision_dominant": 1, "vision_only": 1}
+    replies = ["†Answer: 7" if int(r["id"][1]) < right[r["version"]] else
+               ("" if r["version"] == "vision_only" else "†Answer: 8") for r in rows]
     monkeypatch.setattr(evaluation, "load_vlm", lambda *a: (None, None))
     monkeypatch.setattr(evaluation, "generate_replies", lambda *a: replies)
     result = evaluation.evaluate(str(tmp_path), rows, evaluation.parse_args(["m"]))

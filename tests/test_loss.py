@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 import stage2_kl_align
 
-WITHOUT_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+WITHOUT_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                                    reason="Triton is not installed")
 KERNEL = None  # "eager" or "triton": what the tests below run on
 
 
@@ -42,7 +43,8 @@ def textbook(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, n_voc
     fkl = (log_p.exp() * (log_p - log_q)).sum()
     rkl = (log_q.exp() * (log_q - log_p)).sum()
     ce = F.cross_entropy(z_s, labels, reduction="sum", ignore_index=-100)
-    return (lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * ce) / (n_total or max(1, len(labels)))
+    return (lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * ce) / (
+        n_total or max(1, len(labels)))
 
 
 def example(N=11, H=32, V=101, scale=0.5, pad=0):
@@ -77,7 +79,8 @@ def test_equals_the_textbook_in_float64(alpha, lam, tau, standardize):
 def test_the_reference_itself():
     hs, ht, W, labels = (x.double() if x.is_floating_point() else x for x in example(N=3, H=4, V=5))
     setting = dict(alpha=.3, lam=.6, tau=2, standardize=True)
-    assert torch.autograd.gradcheck(lambda h: textbook(h, ht, W, labels, **setting), hs.detach().requires_grad_())
+    assert torch.autograd.gradcheck(lambda h: textbook(h, ht, W, labels, **setting),
+                                    hs.detach().requires_grad_())
 
 
 def test_three_words_by_hand():
@@ -98,18 +101,20 @@ def test_three_words_by_hand():
 
 
 def test_directions_and_alpha_are_not_swapped():
-    """A teacher sure of one word, a student unsure of two: KL(teacher || student) is ln 2, the reverse is far larger."""
-    hs, ht, W = torch.tensor([[0., 0., -30.]]).requires_grad_(), torch.tensor([[0., -20., -30.]]), torch.eye(3)
+    """Teacher sure of one word, student torn between two: KL(t || s) is ln 2, the reverse is far larger."""
+    hs, ht = torch.tensor([[0., 0., -30.]]).requires_grad_(), torch.tensor([[0., -20., -30.]])
+    W = torch.eye(3)
     _, parts, _ = run(hs, ht, W, torch.tensor([0]), alpha=1, lam=1)
     assert parts["kl_teacher_student"].item() == pytest.approx(math.log(2), rel=1e-4)
     assert parts["kl_student_teacher"].item() == pytest.approx(10 - math.log(2), rel=1e-4)
     for alpha, name in ((1, "kl_teacher_student"), (0, "kl_student_teacher")):
-        assert run(hs, ht, W, torch.tensor([0]), alpha=alpha, lam=1)[0].item() == pytest.approx(parts[name].item())
+        loss = run(hs, ht, W, torch.tensor([0]), alpha=alpha, lam=1)[0]
+        assert loss.item() == pytest.approx(parts[name].item())
 
 
 @pytest.mark.parametrize("scale", [1, .1, .03, .01, .003, .001])
 def test_bfloat16_gradient_keeps_its_accuracy_as_the_student_arrives(scale):
-    """KL from about 1 to 1e-6 nats. With two rounded logit matrices instead of T and D this grows beyond 100 %."""
+    """KL from about 1 to 1e-6 nats. With two rounded logit matrices, not T and D, this grows beyond 100 %."""
     W = (torch.randn(2000, 256) / 16 * 3).bfloat16()
     ht = torch.randn(16, 256).bfloat16()
     hs = (ht.float() + scale * torch.randn(16, 256)).bfloat16().float().requires_grad_()
@@ -171,7 +176,8 @@ def test_odd_shapes(N, V):
     else:
         hs64 = hs.detach().double().requires_grad_()
         want = textbook(hs64, ht.double(), W.double(), labels, alpha=.5, lam=.5)
-        assert error(loss.detach(), want.detach()) < 1e-5 and error(grad, torch.autograd.grad(want, hs64)[0]) < 1e-5
+        assert error(loss.detach(), want.detach()) < 1e-5
+        assert error(grad, torch.autograd.grad(want, hs64)[0]) < 1e-5
 
 
 def test_rows_without_a_label_still_have_their_kl():
@@ -238,7 +244,8 @@ def test_autocast_and_float32_agree_to_bfloat16_precision():
     assert error(rounded.detach(), loss.detach()) < 2e-2 and error(rounded_grad, grad) < 2e-2
 
 
-@pytest.mark.parametrize("change", [dict(alpha=2), dict(lam=-1), dict(tau=0), dict(n_vocab=0), dict(n_vocab=999), dict(kernel="no")])
+@pytest.mark.parametrize("change", [dict(alpha=2), dict(lam=-1), dict(tau=0), dict(n_vocab=0),
+                                    dict(n_vocab=999), dict(kernel="no")])
 def test_bad_settings_are_refused(change):
     hs, ht, W, labels = example()
     with pytest.raises(ValueError):
@@ -267,8 +274,9 @@ def test_rows_beyond_2_to_the_31():
     """Elements of a slab are counted in 64 bits: 16,384 rows of a real vocabulary are 2.5e9."""
     if KERNEL == "eager":
         pytest.skip("PyTorch counts in 64 bits anyway")
-    n, V, stride = 2, 50, 2 ** 30  # memory that is not touched costs nothing; one row in front for offsets that wrap
-    slab = torch.empty(4 * stride + V, dtype=torch.int8).as_strided((2 * n, V), (stride, 1), storage_offset=stride)
+    n, V, stride = 2, 50, 2 ** 30  # untouched memory costs nothing; one row in front for offsets that wrap
+    slab = torch.empty(4 * stride + V, dtype=torch.int8).as_strided(
+        (2 * n, V), (stride, 1), storage_offset=stride)
     slab.copy_(torch.randint(-9, 9, (2 * n, V)))
     small, one, labels = slab.clone().contiguous(), torch.ones(n), torch.tensor([3, 4])
     far, near = (stage2_kl_align.align_rows_triton(x, one, one, labels, 99., 99., 99., False, True)
@@ -279,7 +287,8 @@ def test_rows_beyond_2_to_the_31():
 PLANTED = [  # what a slip of the pen would look like, in the eager rows, the kernel or around them
     ("direction", "diff.mul_(w_f).add_(q_delta.sub_(q * rkl[:, None]), alpha=w_r)",
      "diff.mul_(w_r).add_(q_delta.sub_(q * rkl[:, None]), alpha=w_f)"),
-    ("direction", "g = w_f * diff + w_r * q * (delta - center)", "g = w_r * diff + w_f * q * (delta - center)"),
+    ("direction", "g = w_f * diff + w_r * q * (delta - center)",
+     "g = w_r * diff + w_f * q * (delta - center)"),
     ("sign", "z = T + D  # (n, V)", "z = T - D  # (n, V)"),
     ("sign", "t + e - m_s) / Z_s, e - dL", "t + e - m_s) / Z_s, dL - e"),
     ("tau^2 in the gradient", "(lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)",
@@ -295,15 +304,19 @@ PLANTED = [  # what a slip of the pen would look like, in the eager rows, the ke
     ("hard loss of q", "q_raw = tl.exp(tl.where(inside, x + d, low) - lse)", "q_raw = q"),
     ("hard loss of q", "g.mul_(as_), (z - lse).exp_()", "g.mul_(as_), q"),
     ("running maximum", "B * old + tl.sum(q * e, 0)", "B + tl.sum(q * e, 0)"),
-    ("mask of the last block", "t = tl.where(inside, a_t * x, low)\n        s = t + e", "t = a_t * x\n        s = t + e"),
+    ("mask of the last block", "t = tl.where(inside, a_t * x, low)\n        s = t + e",
+     "t = a_t * x\n        s = t + e"),
     ("label of a row", "tl.where(i + cols == y, 1.0, 0.0)", "tl.where(i + cols == y + 1, 1.0, 0.0)"),
     ("32-bit rows", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
     ("padding", "weight[:n_vocab].to(dtype)", "weight.to(dtype)"),
     ("n_total", "fkl, rkl, ce = (sums / n_total).float()", "fkl, rkl, ce = (sums / max(1, N)).float()"),
-    ("scale of the gradient", "return (scale * dhs)", "return dhs, None, dW, None, da, *[None] * 10\n        return (dhs)"),
-    ("head", "dW[:n_vocab] += product(G.T, hs[c].to(dtype))", "dW[:n_vocab] += product(G.T, ht[c].to(dtype))"),
+    ("scale of the gradient", "return (scale * dhs)",
+     "return dhs, None, dW, None, da, *[None] * 10\n        return (dhs)"),
+    ("head", "dW[:n_vocab] += product(G.T, hs[c].to(dtype))",
+     "dW[:n_vocab] += product(G.T, ht[c].to(dtype))"),
     ("two logit matrices", "torch.cat([h_t, h_d]).to(dtype)  # (2n, H)\n",
-     "torch.cat([h_t, h_d]).to(dtype)\n            h[len(h_t):] = (hs[c].to(dtype) - ht[c].to(dtype)) * 1.02\n"),
+     "torch.cat([h_t, h_d]).to(dtype)\n"
+     "            h[len(h_t):] = (hs[c].to(dtype) - ht[c].to(dtype)) * 1.02\n"),
 ]
 
 
@@ -335,14 +348,15 @@ def test_planted_errors_are_found(name, right, wrong, tmp_path, monkeypatch):
 
 
 def test_the_kernel_compiles_without_spills():
-    """Registers that do not suffice are swapped to memory, and the kernel's whole point is to save memory traffic."""
+    """Too few registers mean swapping to memory, and the kernel's whole point is to save memory traffic."""
     if KERNEL == "eager":
         pytest.skip("nothing to compile")
     if importlib.util.find_spec("triton.backends.nvidia") is None:
         pytest.skip("this build of Triton has no NVIDIA compiler")
     script = os.path.join(os.path.dirname(__file__), "compile_kernel.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    said = subprocess.run([sys.executable, script], env=environment, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run([sys.executable, script], env=environment, check=True,
+                          capture_output=True, text=True).stdout
     cases = [json.loads(line) for line in said.splitlines()]
     assert len(cases) == 16 and {c["arch"] for c in cases} == {"sm_80", "sm_90"}
     assert all(c["spilled"] == 0 and c["registers"] <= 128 for c in cases), said

@@ -30,11 +30,12 @@ def row(text="Find angle A.", answer="90-30=60. †Answer: 60°", image="p.png")
 
 def test_labels_are_the_next_token(tiny, picture):
     vlm, tokenizer = tiny
-    ids, labels, pixels = encode_example(tokenizer, row(), image_tokens=vlm.image_tokens, root=picture, size=108)
+    ids, labels, pixels = encode_example(tokenizer, row(), image_tokens=vlm.image_tokens, root=picture,
+                                         size=108)
     answer = tokenizer("90-30=60. †Answer: 60°").input_ids + [tokenizer.eos_token_id]
     assert len(ids) == len(labels) and ids.count(vlm.image_token_id) == vlm.image_tokens == 81
     kept = [t for t, y in enumerate(labels) if y != IGNORE]
-    assert [labels[t] for t in kept] == answer == [ids[t + 1] for t in kept]  # position t predicts token t + 1
+    assert [labels[t] for t in kept] == answer == [ids[t + 1] for t in kept]  # t predicts token t + 1
     assert tokenizer.decode(ids).startswith("<|im_start|>user\n<|image|>")
     assert ids[kept[0] + 1:] == answer and labels[-1] == IGNORE
 
@@ -50,14 +51,17 @@ def test_both_forms_of_a_pair_have_the_same_labels_in_the_same_order(tiny, pictu
 def test_special_tokens_typed_by_a_user_stay_text(tiny, picture):
     vlm, tokenizer = tiny
     text = "What is <|image|> or <|im_end|>?"
-    ids, _, _ = encode_example(tokenizer, row(text, "It is <|im_end|>."), image_tokens=81, root=picture, size=108)
-    assert ids.count(vlm.image_token_id) == 81 and ids.count(tokenizer.eos_token_id) == 2  # end of the user's turn, end of the answer
+    ids, _, _ = encode_example(tokenizer, row(text, "It is <|im_end|>."), image_tokens=81, root=picture,
+                               size=108)
+    assert ids.count(vlm.image_token_id) == 81
+    assert ids.count(tokenizer.eos_token_id) == 2  # end of the user's turn, end of the answer
     assert text in tokenizer.decode(ids)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_and_a_long_answer_loses_its_tail(tiny):
     tokenizer = tiny[1]
-    ids, labels, _ = encode_example(tokenizer, row(image="", answer="12 " * 100), image_tokens=81, max_length=40)
+    ids, labels, _ = encode_example(tokenizer, row(image="", answer="12 " * 100), image_tokens=81,
+                                    max_length=40)
     assert len(ids) == len(labels) == 40 and labels[-1] != IGNORE
     with pytest.raises(ValueError, match="row x.*--max_length is 5"):
         encode_example(tokenizer, row(image=""), image_tokens=81, max_length=5)
@@ -86,14 +90,16 @@ def test_right_padding_changes_nothing(tiny, picture):
 
 def test_batched_greedy_decoding_equals_one_by_one(tiny, picture):
     vlm, tokenizer = tiny
-    rows = [row(), row(image="", text="a=3, b=4. Multiply a and b."), row(text="Read the labels."), row(image="", text="7*8=")]
-    decode = lambda some: vlm.generate(make_batch(vlm, tokenizer, some, root=picture, answer=False), 24, tokenizer.eos_token_id, 0)
+    rows = [row(), row(image="", text="a=3, b=4. Multiply a and b."), row(text="Read the labels."),
+            row(image="", text="7*8=")]
+    decode = lambda some: vlm.generate(make_batch(vlm, tokenizer, some, root=picture, answer=False), 24,
+                                       tokenizer.eos_token_id, 0)
     trim = lambda ids: ids[:ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
     assert [trim(i) for i in decode(rows).tolist()] == [trim(decode([r]).tolist()[0]) for r in rows]
 
 
 def test_a_batch_without_pictures_still_reaches_the_encoder(tiny):
-    """Under DDP a rank without pictures must produce (zero) gradients for the encoder, or the others wait for ever."""
+    """Under DDP a rank without pictures must make (zero) encoder gradients, or the others wait for ever."""
     vlm, tokenizer = load_vlm(TINY)
     vlm.train()
     vlm(make_batch(vlm, tokenizer, [row(image="")])).sum().backward()
@@ -103,7 +109,8 @@ def test_a_batch_without_pictures_still_reaches_the_encoder(tiny):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1", "I;16", "CMYK"])
 def test_every_picture_mode_loads_and_transparent_means_white(tmp_path, mode):
-    image = Image.new("RGBA", (20, 10), (0, 0, 0, 0)) if mode in ("RGBA", "LA", "P") else Image.new("RGB", (20, 10), "white")
+    image = (Image.new("RGBA", (20, 10), (0, 0, 0, 0)) if mode in ("RGBA", "LA", "P") else
+             Image.new("RGB", (20, 10), "white"))
     if mode == "I;16":
         Image.fromarray(np.full((10, 20), 65535, np.uint16)).save(tmp_path / "p.png")
     else:
@@ -142,7 +149,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(tiny, tmp_path, damage):
 
 @pytest.mark.parametrize("line,message", [
     ("{", ":2: "), ("[1]", ":2: not a JSON object"), ('{"image_url": ""}', ":2: field 'instruction'"),
-    ('{"image_url": "no.png", "instruction": "", "output": "", "id": "q7"}', ":2: row q7: picture .*no.png"), ("\udcff", ":2: "), ("", ":2: ")])
+    ('{"image_url": "no.png", "instruction": "", "output": "", "id": "q7"}', ":2: row q7: picture .*no.png"),
+    ("\udcff", ":2: "), ("", ":2: ")])
 def test_a_bad_row_names_file_and_line(tmp_path, line, message):
     good = '{"image_url": "", "instruction": "a\u2028b", "output": "c"}'
     (tmp_path / "d.jsonl").write_bytes((good + "\n" + line + "\n").encode("utf-8", "surrogateescape"))
@@ -151,5 +159,6 @@ def test_a_bad_row_names_file_and_line(tmp_path, line, message):
 
 
 def test_tiny_fits_the_repository():
-    assert sum(os.path.getsize(os.path.join(TINY, f)) for f in os.listdir(TINY) if os.path.isfile(os.path.join(TINY, f))) <= 8e6
+    paths = [os.path.join(TINY, f) for f in os.listdir(TINY)]
+    assert sum(os.path.getsize(path) for path in paths if os.path.isfile(path)) <= 8e6
     assert model.IMAGE_TOKEN == "<|image|>"

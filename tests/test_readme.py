@@ -11,7 +11,8 @@ import data_gen
 import eval as evaluation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BUDGET = {"data_gen.py": 420, "model.py": 450, "stage1_text_sft.py": 280, "stage2_kl_align.py": 540, "stage3_mm_instruct.py": 290, "eval.py": 450}
+BUDGET = {"data_gen.py": 420, "model.py": 450, "stage1_text_sft.py": 280, "stage2_kl_align.py": 540,
+          "stage3_mm_instruct.py": 290, "eval.py": 450}
 
 
 def read(name):
@@ -35,8 +36,8 @@ def test_ci_runs_the_readme_command():
     readme, command = read("README.md").splitlines(), between("tests")
     assert command.startswith("python3 -m venv") and command.endswith("python -m pytest -q tests")
     assert readme.index(command) < 30 and readme.index(between("run")) < 30  # the two commands come first
-    done = subprocess.run(["bash", "-c", read(".ci/run").replace('bash -c "$command"', "exit 0"), os.path.join(ROOT, ".ci", "run")],
-                          capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(["bash", "-c", read(".ci/run").replace('bash -c "$command"', "exit 0"),
+                           os.path.join(ROOT, ".ci", "run")], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == f"+ {command}", done.stderr
 
 
@@ -58,18 +59,21 @@ def test_result_tables_come_from_the_stored_runs():
 def test_the_table_of_the_first_run_is_the_stored_one():
     with open(os.path.join(ROOT, "tests", "results", "default_run.json")) as f:
         models = json.load(f)["models"]
-    assert evaluation.table({name: models[name] for name in ("out/stage1", "out/stage2")}) == between("table1")
+    assert evaluation.table(
+        {name: models[name] for name in ("out/stage1", "out/stage2")}) == between("table1")
 
 
 @pytest.mark.parametrize("script", [name for name in BUDGET if name != "model.py"])
 def test_help_of_every_script(script):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), "--help"],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "--" in done.stdout
 
 
 def test_files_of_the_card_and_no_machine_paths():
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
     top = {name.split("/")[0] for name in tracked}
-    allowed = {*BUDGET, "tests", "requirements.txt", "README.md", "tiny", "assets", ".ci", ".gitignore", "LICENSE"}
+    allowed = {*BUDGET, "tests", "requirements.txt", "README.md", "tiny", "assets", ".ci", ".gitignore",
+               "LICENSE"}
     assert not tracked or top <= allowed, top - allowed
     assert evaluation.IMAGE_VERSIONS == [v for v in data_gen.LADDER if v != "text_only"]

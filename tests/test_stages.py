@@ -30,7 +30,8 @@ def data(tmp_path_factory):
 
 
 def flags(stage, data, out, **more):
-    base = {"init": TINY, "data": data, "out": out, "batch": 4, "micro_batch": 2, "steps": 3, "log_every": 1, "lr": 1e-3} | more
+    base = {"init": TINY, "data": data, "out": out, "batch": 4, "micro_batch": 2, "steps": 3, "log_every": 1,
+            "lr": 1e-3} | more
     return [f"--{k}={v}" for k, v in base.items()] + (["--no-evaluate"] if stage > 1 else [])
 
 
@@ -41,12 +42,12 @@ def train(stage, data, out, **more):
 
 def weights(out):
     tensors = load_file(os.path.join(model.newest_checkpoint(str(out)), "model.safetensors"))
-    return {name: t.clone() for name, t in tensors.items()}  # not the memory-mapped file: some tests damage it
+    return {name: t.clone() for name, t in tensors.items()}  # not memory-mapped: some tests damage the file
 
 
 def distance(a, b):
-    """||a - b|| / ||b|| over all parameters. Not the largest difference: where a gradient is pure rounding noise, Adam turns it
-    into a step of up to lr either way."""
+    """||a - b|| / ||b|| over all parameters. Not the largest difference: where a gradient is pure rounding
+    noise, Adam turns it into a step of up to lr either way."""
     norm = lambda pairs: sum(((x.double() - y) ** 2).sum().item() for x, y in pairs) ** 0.5
     return norm((a[k], b[k].double()) for k in b) / norm((b[k], 0.0) for k in b)
 
@@ -83,16 +84,19 @@ def test_accumulation_does_not_change_the_result(stage, data, tmp_path):
 
 
 def test_two_processes_do_what_one_does(data, tmp_path):
-    """fp32, gloo, through torchrun, first step's update compared; text-only and picture rows fall on different processes."""
+    """fp32, gloo, torchrun, compared by update; text-only and picture rows fall on different processes."""
     for stage in (2, 3):
         one = train(stage, data, tmp_path / f"one{stage}", micro_batch=4, steps=2, clip=0.5, lr=1e-4)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                   STAGES[stage].__file__, *flags(stage, data, str(tmp_path / f"two{stage}"), micro_batch=1, steps=2, clip=0.5, lr=1e-4)]
+                   STAGES[stage].__file__, *flags(stage, data, str(tmp_path / f"two{stage}"), micro_batch=1,
+                                                  steps=2, clip=0.5, lr=1e-4)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]
         two = weights(tmp_path / f"two{stage}")
-        assert distance(two, one) < 1e-6 < 1e-4 < distance(load_file(os.path.join(TINY, "model.safetensors")), one)
-        logged = [[json.loads(line)["loss"] for line in open(tmp_path / f"{w}{stage}" / "metrics.jsonl")] for w in ("one", "two")]
+        before = load_file(os.path.join(TINY, "model.safetensors"))
+        assert distance(two, one) < 1e-6 < 1e-4 < distance(before, one)
+        logged = [[json.loads(line)["loss"] for line in open(tmp_path / f"{w}{stage}" / "metrics.jsonl")]
+                  for w in ("one", "two")]
         assert logged[0] == pytest.approx(logged[1], rel=1e-6)
 
 
@@ -103,10 +107,12 @@ def test_the_logged_loss_is_one_mean_over_all_answer_tokens(data, tmp_path):
     vlm, tokenizer = model.load_vlm(TINY)
     rows = model.read_rows(os.path.join(data, "stage1.jsonl"))
     args = stage1_text_sft.make_parser().parse_args(["--batch", "8"])
-    batch = model.make_batch(vlm, tokenizer, [rows[i] for i in stage1_text_sft.rows_of_step(0, len(rows), args)])
+    batch = model.make_batch(vlm, tokenizer,
+                             [rows[i] for i in stage1_text_sft.rows_of_step(0, len(rows), args)])
     with torch.no_grad():
         logits = vlm(batch) @ vlm.lm_head.T
-    assert logged == pytest.approx(F.cross_entropy(logits, batch.labels[batch.labels != -100]).item(), rel=1e-5)
+    want = F.cross_entropy(logits, batch.labels[batch.labels != -100]).item()
+    assert logged == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -131,7 +137,8 @@ def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, capsys):
     path.write_bytes(content)
     with pytest.raises(SystemExit, match="damaged"):
         model.load_vlm(str(tmp_path / "a" / "step-4"))
-    assert all(torch.equal(v, straight[k]) for k, v in train(1, data, tmp_path / "a", steps=4, save_every=2).items())
+    again = train(1, data, tmp_path / "a", steps=4, save_every=2)
+    assert all(torch.equal(v, straight[k]) for k, v in again.items())
     assert "step-4 is damaged" in capsys.readouterr().err
 
 
@@ -160,7 +167,8 @@ def test_a_run_that_was_stopped_is_no_parent_yet(data, tmp_path):
 def test_zero_steps_and_zero_learning_rate(data, tmp_path):
     before = load_file(os.path.join(TINY, "model.safetensors"))
     for out, change in (("a", {"steps": 0}), ("b", {"lr": 0.0, "steps": 1})):
-        assert all(torch.equal(v, before[k].float()) for k, v in train(2, data, tmp_path / out, **change).items())
+        after = train(2, data, tmp_path / out, **change)
+        assert all(torch.equal(v, before[k].float()) for k, v in after.items())
 
 
 def test_cross_entropy_only_is_lambda_zero(data, tmp_path):
@@ -193,7 +201,8 @@ def test_show_adds_up_to_what_training_logs(data, tmp_path, capsys):
     args = stage2_kl_align.make_parser().parse_args(["--batch", "1"])
     first, = stage2_kl_align.rows_of_step(0, 72, args)
     stage2_kl_align.main(["--init", TINY, "--data", data, "--show", str(first)])
-    mean, whole = re.search(r"-> loss (\S+); all at once, as in training: (\S+)", capsys.readouterr().out).groups()
+    mean, whole = re.search(r"-> loss (\S+); all at once, as in training: (\S+)",
+                            capsys.readouterr().out).groups()
     train(2, data, tmp_path / "out", steps=1, batch=1, micro_batch=1)
     logged = json.loads(open(tmp_path / "out" / "metrics.jsonl").read())["loss"]
     assert float(mean) == pytest.approx(logged, abs=2e-4) and float(whole) == pytest.approx(logged, abs=1e-4)
@@ -216,6 +225,9 @@ def test_missing_prerequisites_are_made_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data_gen, "parse_args", lambda argv: original([*argv, "--n", "12", "--n_test", "2"]))
     stage3_mm_instruct.main([])
     out = capsys.readouterr().out
-    order = [out.index(s) for s in ("data/ is missing", "out/stage2 is missing", "out/stage1 is missing", "stage 1 done", "stage 2 done", "stage 3 done", "relative gap")]
+    order = [out.index(s) for s in (
+        "data/ is missing", "out/stage2 is missing", "out/stage1 is missing", "stage 1 done", "stage 2 done",
+        "stage 3 done", "relative gap")]
     assert order == sorted(order) and os.path.exists("out/accuracy.png")
-    assert set(json.load(open("out/stage3/eval.json"))) == {"benchmark", "versions", "all", "gap", "relative_gap", "seconds"}
+    assert set(json.load(open("out/stage3/eval.json"))) == {
+        "benchmark", "versions", "all", "gap", "relative_gap", "seconds"}

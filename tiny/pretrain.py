@@ -1,18 +1,20 @@
 """Make the embedded backbones from nothing: tokenizer, SigLIP-style encoder, projector and Qwen2-style LLM.
 
-    python tiny/pretrain.py                 # an hour's work for 2 CPU cores; README.md beside this has the log and times
-    python tiny/pretrain.py --dense 20 --text 20 --joint 20 --pool 200 --out tiny_new        # does it run at all
+    python tiny/pretrain.py    # an hour's work for 2 CPU cores; README.md beside this has the log and times
+    python tiny/pretrain.py --dense 20 --text 20 --joint 20 --pool 200 --out tiny_new    # does it run at all
 
-They stand in, offline, for downloading an aligned SigLIP + Qwen2, and get the same kind of schooling: they read text in
-pictures, caption figures, do arithmetic, answer easy questions about made-up pictures and have seen textual problems.
-They have NEVER been shown the solution of a problem together with its picture: teaching that is what the stages do.
+They stand in, offline, for downloading an aligned SigLIP + Qwen2, and get the same kind of schooling: they
+read text in pictures, caption figures, do arithmetic, answer easy questions about made-up pictures and have
+seen textual problems.  They have NEVER been shown the solution of a problem together with its picture:
+teaching that is what the stages do.
 
 Three phases:
-  dense   the encoder alone: which two characters stand in each patch (it has to see before anything else pays off)
+  dense   the encoder alone: which two characters stand in each patch (it has to see before all else pays off)
   text    the language model alone, on the text batches of the next phase: a step costs a third of a joint one
   joint   everything, on two batches a step (weights in MIX_PICTURES, MIX_TEXT):
-          pictures    read the numeric labels, read the question, compute with numbers found in a random picture, solve a
-                      textual problem with a random picture beside it (a picture must not make it forget the text)
+          pictures    read the numeric labels, read the question, compute with numbers found in a random
+                      picture, solve a textual problem with a random picture beside it (a picture must not
+                      make it forget the text)
           text        the same computing with the numbers in the text, plain arithmetic, textual problems
 """
 import argparse
@@ -31,7 +33,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from data_gen import COLS, DEFAULT_SIZE, QUESTION_ROWS, ROWS, SINK, draw_problem, make_problem, place, text_of, write  # noqa: E402
+from data_gen import (COLS, DEFAULT_SIZE, QUESTION_ROWS, ROWS, SINK, draw_problem,  # noqa: E402
+                      make_problem, place, text_of, write)
 from model import IGNORE, IMAGE_TOKEN, Batch, build, collate, encode_example, save_vlm  # noqa: E402
 
 MIX_PICTURES = {"labels": .3, "question": .15, "compute": .35, "aside": .2}
@@ -47,7 +50,8 @@ def parse_args(argv=None):
     add("--dense", type=int, default=200, help="steps of the dense phase")
     add("--text", type=int, default=1200, help="steps of the text phase")
     add("--joint", type=int, default=2800, help="steps of the joint phase")
-    add("--pool", type=int, default=12000, help="pictures of problems, and as many random ones, drawn beforehand")
+    add("--pool", type=int, default=12000,
+        help="pictures of problems, and as many random ones, drawn beforehand")
     add("--batch", type=int, default=32, help="rows in each of the two batches of a step")
     add("--lr", type=float, default=2e-3, help="peak learning rate of each phase")
     add("--seed", type=int, default=0)
@@ -55,17 +59,20 @@ def parse_args(argv=None):
 
 
 def make_tokenizer(texts):
-    """Byte-level BPE over whole words; digits and capital letters stay single, so a label reads like the same text."""
+    """Byte-level BPE over whole words; digits and capitals stay single: a label reads like the same text."""
     bpe = Tokenizer(models.BPE())
     pieces = Regex(r" ?[A-Z](?![a-z])|[0-9]| ?[A-Za-z]+| ?[^A-Za-z0-9\s]|\s")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pieces, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
-                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2])
-    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
+                               "{{ m.content }}<|im_end|>\n{% endfor %}"
                                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return tokenizer
 
@@ -107,18 +114,22 @@ def computing(r):
     unit = r.choice(["", "", "°"])
     labels = [f"{n}={v}{unit}" for n, v in zip(names, values)][:r.choice([2, 3])]
     asked, answer = {
-        "Add": (f"Add {names[0]} and {names[1]}.", f"{a}+{b}={a + b}."), "Subtract": (f"Subtract {names[1]} from {names[0]}.", f"{a}-{b}={a - b}."),
-        "Multiply": (f"Multiply {names[0]} and {names[1]}.", f"{a}*{b}={a * b}."), "Halve": (f"Halve {names[0]}.", f"{a}/2={a // 2}."),
-        "Square": (f"Square {names[1]}.", f"{b}*{b}={b * b}."), "Name": (f"Find {names[0]}.", f"{names[0]}={a}."),
+        "Add": (f"Add {names[0]} and {names[1]}.", f"{a}+{b}={a + b}."),
+        "Subtract": (f"Subtract {names[1]} from {names[0]}.", f"{a}-{b}={a - b}."),
+        "Multiply": (f"Multiply {names[0]} and {names[1]}.", f"{a}*{b}={a * b}."),
+        "Halve": (f"Halve {names[0]}.", f"{a}/2={a // 2}."),
+        "Square": (f"Square {names[1]}.", f"{b}*{b}={b * b}."),
+        "Name": (f"Find {names[0]}.", f"{names[0]}={a}."),
     }[op]
     r.shuffle(labels)
     return labels, asked, answer
 
 
 def random_picture(labels, r):
-    """Labels at random free places among random strokes; no problem looks like this. -> (image, {cell: character})"""
+    """Labels at random free places among random strokes, unlike any problem. -> (image, {cell: character})"""
     image = Image.new("L", (DEFAULT_SIZE, DEFAULT_SIZE), 255)
-    draw, u, point = ImageDraw.Draw(image), DEFAULT_SIZE / COLS, lambda: (r.uniform(1, 17) * 6, r.uniform(7, 17) * 6)
+    draw, u = ImageDraw.Draw(image), DEFAULT_SIZE / COLS
+    point = lambda: (r.uniform(1, 17) * 6, r.uniform(7, 17) * 6)
     for _ in range(r.randint(0, 4)):
         (x0, y0), (x1, y1) = point(), point()
         if r.random() < .3:
@@ -147,13 +158,17 @@ def cell_labels(at):
 
 
 def make_pool(n, seed):
-    """Pictures drawn once: [(uint8 picture, cell classes, {task: (instruction, output)})] for problems and for random ones."""
+    """Pictures drawn once, of problems and random ones.
+
+    -> two lists of (uint8 picture, cell classes, {task: (instruction, output)})
+    """
     problems, others = [], []
     for i in tqdm(range(n), desc="pictures", disable=not sys.stderr.isatty()):
-        p = make_problem("train", i, seed + 1)  # another seed than the stages' data, and never a test problem's givens
+        p = make_problem("train", i, seed + 1)  # not the stages' seed, and never a test problem's givens
         pictures, at = draw_problem(p)
         kind = "question" if i % 3 else "labelled"
-        tasks = {"labels": ("Read the labels.", text_of(p, "vision_intensive").removesuffix(p["question"]).strip())}
+        tasks = {"labels": ("Read the labels.",
+                            text_of(p, "vision_intensive").removesuffix(p["question"]).strip())}
         if kind == "question":
             tasks["question"] = ("Read the question.", p["question"])
         problems.append((np.asarray(pictures[kind]), cell_labels(at[kind]), tasks))
@@ -165,7 +180,7 @@ def make_pool(n, seed):
 
 
 def picture_rows(pool, task, r, n):
-    """n rows (picture, cell classes, instruction, output) of one task; one task a batch, so little of it is padding."""
+    """n rows (picture, cell classes, instruction, output) of one task; one task a batch: little padding."""
     problems, others = pool
     if task == "aside":
         some = [make_problem("train", r.randrange(10 ** 6), 1) for _ in range(n)]
@@ -180,7 +195,8 @@ def text_rows(task, r, n):
         some = [make_problem("train", r.randrange(10 ** 6), 1) for _ in range(n)]
         return [(text_of(p, "text_only"), p["output"]) for p in some]
     if task == "compute":
-        return [(", ".join(labels) + ". " + asked, answer) for labels, asked, answer in (computing(r) for _ in range(n))]
+        return [(", ".join(labels) + ". " + asked, answer)
+                for labels, asked, answer in (computing(r) for _ in range(n))]
     rows = []
     for _ in range(n):
         sums = [arithmetic(r) for _ in range(3)]  # three in a row: more answer tokens for the same sequence
@@ -196,11 +212,12 @@ def to_batch(tokenizer, rows, P):
         examples.append(encode_example(tokenizer, row, image_tokens=P))
     if len(rows[0]) == 2:
         return collate(examples, tokenizer.pad_token_id, DEFAULT_SIZE)
-    # encode_example reads pictures from files; here they are in memory, so the placeholders are put in by hand
+    # encode_example reads pictures from files; these are in memory, so the placeholders are put in by hand
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     k = len(tokenizer("<|im_start|>user\n").input_ids)
     examples = [(ids[:k] + [image] * P + ids[k:], [IGNORE] * P + labels,
-                 torch.from_numpy(row[0].astype(np.float32) / 127.5 - 1).expand(3, -1, -1)) for (ids, labels, _), row in zip(examples, rows)]
+                 torch.from_numpy(row[0].astype(np.float32) / 127.5 - 1).expand(3, -1, -1))
+                for (ids, labels, _), row in zip(examples, rows)]
     return collate(examples, tokenizer.pad_token_id, DEFAULT_SIZE)
 
 
@@ -213,19 +230,24 @@ def main(argv=None):
     args, start = parse_args(argv), time.time()
     torch.manual_seed(args.seed)
     r = random.Random(f"{args.seed}/order")
-    corpus = [line for i in range(3000) for p in [make_problem("train", i, args.seed + 1)] for line in (text_of(p, "text_only"), p["output"])]
-    corpus += [" ".join(computing(r)[1:]) for _ in range(300)] + ["user assistant\n", "Read the labels. Read the question. Solve the problem."] * 20
+    corpus = [line for i in range(3000) for p in [make_problem("train", i, args.seed + 1)]
+              for line in (text_of(p, "text_only"), p["output"])]
+    corpus += [" ".join(computing(r)[1:]) for _ in range(300)] + [
+        "user assistant\n", "Read the labels. Read the question. Solve the problem."] * 20
     tokenizer = make_tokenizer(corpus)
     special = tokenizer.convert_tokens_to_ids
     vlm = build({
         "image_token_id": special(IMAGE_TOKEN),
-        "vision_config": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=DEFAULT_SIZE, patch_size=PATCH, vision_use_head=False),
-        "text_config": dict(vocab_size=-(-len(tokenizer) // 16) * 16, hidden_size=128, intermediate_size=384, num_hidden_layers=5,
-                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
-                            bos_token_id=None, eos_token_id=special("<|im_end|>"), pad_token_id=special("<|endoftext|>"))})
+        "vision_config": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                              num_attention_heads=4, image_size=DEFAULT_SIZE, patch_size=PATCH,
+                              vision_use_head=False),
+        "text_config": dict(vocab_size=-(-len(tokenizer) // 16) * 16, hidden_size=128, intermediate_size=384,
+                            num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+                            max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+                            eos_token_id=special("<|im_end|>"), pad_token_id=special("<|endoftext|>"))})
     reader = torch.nn.Linear(128, 2 * (len(CHARS) + 1))  # thrown away at the end
-    print({n: f"{sum(p.numel() for p in m.parameters()):,}" for n, m in vlm.named_children()}, "vocabulary", len(tokenizer))
+    print({n: f"{sum(p.numel() for p in m.parameters()):,}" for n, m in vlm.named_children()},
+          "vocabulary", len(tokenizer))
     pool = make_pool(args.pool, args.seed)
     print(f"{args.pool} + {args.pool} pictures drawn, {time.time() - start:.0f} s", flush=True)
     vlm.vision_model.compile()
@@ -233,7 +255,7 @@ def main(argv=None):
     P = vlm.image_tokens
 
     def read_loss(features, cells):
-        """Cross-entropy of the two cells of each patch; most are blank, so written cells get half of the weight."""
+        """Cross-entropy of the two cells of each patch; most are blank: written ones get half the weight."""
         logits = reader(features).unflatten(-1, (2, -1)).flatten(0, 2)  # (B * P * 2, classes)
         cells = cells.flatten()
         each = F.cross_entropy(logits, cells, reduction="none")
@@ -242,15 +264,17 @@ def main(argv=None):
         return (each[written].mean() + each[~written].mean()) / 2, recall
 
     def run(name, steps, named, loss_of):
-        hidden = [p for n, p in named if p.ndim == 2 and "embed" not in n]  # Muon (torch.optim) for matrices between layers,
-        rest = [p for n, p in named if not (p.ndim == 2 and "embed" not in n)]  # AdamW for embeddings, norms and biases
+        # Muon (torch.optim) for matrices between layers, AdamW for embeddings, norms and biases
+        hidden = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+        rest = [p for n, p in named if not (p.ndim == 2 and "embed" not in n)]
         parameters = hidden + rest
         optimizers = (torch.optim.Muon(hidden, lr=args.lr, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
                       torch.optim.AdamW(rest, lr=args.lr, betas=(.9, .98), weight_decay=0, fused=True))
         seen, begun = [], time.time()
         for step in range(steps):
             for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = args.lr * min((step + 1) / min(100, steps), .02 + .98 * .5 * (1 + math.cos(math.pi * step / steps)))
+                group["lr"] = args.lr * min((step + 1) / min(100, steps),
+                                            .02 + .98 * .5 * (1 + math.cos(math.pi * step / steps)))
             loss, logged = loss_of()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -260,14 +284,17 @@ def main(argv=None):
             seen.append([x.item() for x in logged])
             if (step + 1) % 100 == 0 or step + 1 == steps:
                 mean = np.mean(seen[-100:], axis=0)
-                print(f"{name} step {step + 1}/{steps} | " + " ".join(f"{x:.4f}" for x in mean) + f" | {time.time() - begun:.0f} s", flush=True)
+                print(f"{name} step {step + 1}/{steps} | " + " ".join(f"{x:.4f}" for x in mean) +
+                      f" | {time.time() - begun:.0f} s", flush=True)
             if name == "joint" and ((step + 1) % 500 == 0 or step + 1 == steps):
                 save_vlm(args.out, vlm, tokenizer, torch.bfloat16)  # half the size in the repository
 
     def dense():
         rows = picture_rows(pool, r.choice(["labels", "compute"]), r, 2 * args.batch)
-        pixels = torch.stack([torch.from_numpy(row[0].astype(np.float32) / 127.5 - 1).expand(3, -1, -1) for row in rows])
-        loss, recall = read_loss(vlm.vision_model(pixel_values=pixels).last_hidden_state, torch.from_numpy(np.stack([row[1] for row in rows])))
+        pixels = torch.stack([torch.from_numpy(row[0].astype(np.float32) / 127.5 - 1).expand(3, -1, -1)
+                              for row in rows])
+        loss, recall = read_loss(vlm.vision_model(pixel_values=pixels).last_hidden_state,
+                                 torch.from_numpy(np.stack([row[1] for row in rows])))
         return loss, (loss, recall)
 
     def draw(mix):
@@ -278,7 +305,8 @@ def main(argv=None):
         return loss, (loss,)
 
     def joint():
-        pictures = answer_loss(vlm, to_batch(tokenizer, picture_rows(pool, draw(MIX_PICTURES), r, args.batch), P))
+        pictures = answer_loss(vlm, to_batch(
+            tokenizer, picture_rows(pool, draw(MIX_PICTURES), r, args.batch), P))
         words, _ = text()
         return pictures + words, (pictures, words)
 
