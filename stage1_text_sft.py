@@ -165,8 +165,7 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} must be a multiple of {world} x --micro_batch {args.micro_batch} "
-                 f"(processes x rows): change one of them")
+        sys.exit(f"--batch {args.batch} is no multiple of {world} x --micro_batch {args.micro_batch}")
     data = os.path.join(args.data, "stage1.jsonl")
     rows = read_rows(data)
     vlm, tokenizer = load_vlm(args.init, device)

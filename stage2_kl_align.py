@@ -161,30 +161,23 @@ def write_log(args, line, numbers):
 # 2404.02657).  L is averaged over all N answer positions of the global batch.
 #
 # How to compute it.  Teacher and student share the frozen lm_head W (V, H); ht, hs (N, H) are their rows.
-#
 #     T = ht W^T      D = (hs - ht) W^T      z_t = T      z_s = T + D                                     (5)
-#
 # and not z_s = hs W^T: the gradient of a KL is a difference of two nearly equal distributions.  Rounding both
 # logits on their own leaves noise that stays when the student gets better; D shrinks with it, and hs == ht
 # gives exactly 0.
 #
 # With a_t, a_s the scales of the two softmaxes (1 / tau; one per row when standardized), for each row
-#
 #     t = a_t T      e = a_s D + (a_s - a_t) T      s = t + e
 #     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)                      (6)
 #     delta = e - dL = ln q - ln p                                                                        (7)
-#
 # (6) never subtracts two rounded log-sum-exps.  Both KLs in Bregman form, where every term is >= 0:
-#
 #     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                                    (8)
 #     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))    gradient of the KL part, w.r.t. s  (9)
 #     G = a_s g + (1 - lam) (softmax(z_s) - onehot(y))                    gradient w.r.t. z_s             (10)
 #     dL/dhs = G W                                                                                        (11)
 #
 # Standardized logits, (z - mean) / std over the vocabulary, are a temperature a row: the mean drops out, and
-#
 #     std^2 = h^T C h,   C = covariance of the rows of W: (H, H), a constant while W is frozen            (12)
-#
 # so a_s = 1 / (tau std) is an ordinary function of hs.  The chunks below return dL/da_s = sum g z_s.
 #
 # Memory traffic.  A chunk of n rows in bfloat16: the product (5) writes T and D, 4 n V bytes; visit 1 of the
@@ -199,8 +192,7 @@ def write_log(args, line, numbers):
 # so far is multiplied by exp(M_old - M_new).  Not flash style, which never stores logits: it has to make them
 # twice, 10 N H V operations instead of 6.
 #
-# When not to use it: W differs between teacher and student (then D does not exist), or N V is so small that
-# logits fit into a cache anyway: tiny/ on a CPU gains nothing, its eager chunks are the same formulas.
+# When not to use it: teacher and student have different W (no D then), or N V logits fit into a cache anyway.
 # ============================================================================================================
 CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk; 4 MB a tensor, a dozen of them stays near the caches
 CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, half the rows)
@@ -343,7 +335,6 @@ class FusedKLAlign(torch.autograd.Function):
 
     Loss and gradient come from the same visit, in forward; backward only has to multiply by a scalar.
     """
-
     @staticmethod
     def forward(ctx, hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, n_vocab, n_total, dtype, fused, exact,
                 train):
@@ -373,7 +364,6 @@ class FusedKLAlign(torch.autograd.Function):
         ctx.dtypes = hs.dtype, weight.dtype
         ctx.mark_non_differentiable(fkl, rkl, ce)
         return lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * ce, fkl, rkl, ce  # (4)
-
     @staticmethod
     def backward(ctx, scale, *_):
         dhs, dW, da = ctx.saved_tensors
@@ -397,8 +387,8 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
     """
     N, V = hs.shape[0], weight.shape[0] if n_vocab is None else n_vocab
     if not (hs.shape == ht.shape == (N, weight.shape[1]) and labels.shape == (N,) and 0 < V <= len(weight)):
-        raise ValueError(f"shapes of hs, ht, weight, labels do not fit: "
-                         f"{[tuple(x.shape) for x in (hs, ht, weight, labels)]}, n_vocab {V}")
+        shapes = *(tuple(x.shape) for x in (hs, ht, weight, labels)), V
+        raise ValueError(f"shapes of hs, ht, weight, labels and n_vocab do not fit: {shapes}")
     if not (0 <= alpha <= 1 and 0 <= lam <= 1 and tau > 0) or kernel not in ("auto", "triton", "eager"):
         raise ValueError(f"want alpha and lam in [0, 1], tau above 0, kernel auto, triton or eager, "
                          f"not {alpha}, {lam}, {tau}, {kernel!r}")
@@ -420,9 +410,8 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
 @torch.no_grad()
 def same_choice(hs, ht, weight):
     """Rows whose most probable token is the same on both sides: the number in the log one can feel."""
-    student, teacher = (torch.cat([(part.to(weight.dtype) @ weight.T).argmax(-1) for part in h.split(1024)])
-                        for h in (hs, ht))
-    return int((student == teacher).sum())
+    pick = lambda h: torch.cat([(part.to(weight.dtype) @ weight.T).argmax(-1) for part in h.split(1024)])
+    return int((pick(hs) == pick(ht)).sum())
 
 def pair_of_rows(vlm, model, strong, weak):
     """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): a row is the same answer token."""
@@ -444,9 +433,8 @@ def show_pair(args, vlm, tokenizer, row):
     print(f"weak:   {row['instruction_2']}  [{row['image_url_2'] or 'no picture'}]\n")
     print(f"{'position':>9} {'next token':>12} | {'teacher':>12} prob | {'student':>12} prob | "
           f"{'KL(t||s)':>9} {'KL(s||t)':>9} {'ce':>6}")
-    positions = [b.labels[0].ne(IGNORE).nonzero().flatten().tolist() for b in (strong, weak)]
-    rows = []
-    for k, (a, b) in enumerate(zip(*positions)):
+    rows, places = [], [b.labels[0].ne(IGNORE).nonzero().flatten().tolist() for b in (strong, weak)]
+    for k, (a, b) in enumerate(zip(*places)):
         loss, parts = loss_of(hs=hs[k:k + 1], ht=ht[k:k + 1], labels=labels[k:k + 1])
         rows.append([x.item() for x in (*parts.values(), loss)])
         (p_t, top_t), (p_s, top_s) = ((vlm.lm_head @ h[k]).softmax(-1).max(-1) for h in (ht, hs))
@@ -462,8 +450,7 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} must be a multiple of {world} x --micro_batch {args.micro_batch} "
-                 f"(processes x rows): change one of them")
+        sys.exit(f"--batch {args.batch} is no multiple of {world} x --micro_batch {args.micro_batch}")
     if args.init == "out/stage1" and not finished(args.init):
         if rank == 0:
             print(f"{args.init} is missing or unfinished: stage 1 first, a minute on 2 CPU cores", flush=True)
@@ -491,7 +478,6 @@ def main(argv=None):
     vlm.train()
     begun, tokens = time.time(), 0
     before = {k: v.clone() for k, v in vlm.language_model.state_dict().items()}
-
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
@@ -507,7 +493,6 @@ def main(argv=None):
         n_tokens, n_seen = total(sum(int((b.labels != IGNORE).sum()) for b in weak),
                                  sum(int(b.attention_mask.sum()) for b in strong + weak), device=device)
         here, logging = np.zeros(5), (step + 1) % args.log_every == 0 or step + 1 == args.steps
-
         # ================================= the method: one step of stage 2 ==================================
         for k, pair in enumerate(zip(strong, weak)):
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
@@ -521,7 +506,6 @@ def main(argv=None):
             agree = same_choice(hs, ht, vlm.lm_head) / max(1, n_tokens) if logging else 0.0
             here += [loss.item(), *(x.item() for x in parts_of_loss.values()), agree]
         # ================================== from here on only bookkeeping ===================================
-
         assert all((p.grad is not None) == p.requires_grad for p in vlm.parameters())
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, kl_ts, kl_st, ce, agree = total(*here, device=device)
@@ -532,13 +516,12 @@ def main(argv=None):
         optimizer.zero_grad()
         done, tokens = step + 1, tokens + n_seen
         if rank == 0 and logging:
-            lr, speed = optimizer.param_groups[0]["lr"], tokens / (time.time() - begun)
-            gb = peak_gigabytes(device)
-            line = (f"step {done}/{args.steps} | loss {loss_all:.4f} "
-                    f"(kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f}) | agree {agree:.1%}")
-            write_log(args, f"{line} | gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
-                      {"step": done, "loss": loss_all, "kl_ts": kl_ts, "kl_st": kl_st, "ce": ce,
-                       "agree": agree, "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb})
+            lr, speed, gb = group["lr"], tokens / (time.time() - begun), peak_gigabytes(device)
+            parts = f"kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f}"
+            write_log(args, f"step {done}/{args.steps} | loss {loss_all:.4f} ({parts}) | agree {agree:.1%} | "
+                      f"gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
+                      dict(step=done, loss=loss_all, kl_ts=kl_ts, kl_st=kl_st, ce=ce, agree=agree, gnorm=norm,
+                           lr=lr, tok_s=speed, gb=gb))
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, {"run": run})
     if rank == 0:

@@ -16,7 +16,7 @@ What is new against stage 1:
     the order    by the seed, versions mixed.  Not one version after another: each would unlearn the last.
 
 The table at the end compares the model before and after.  text_only may fall a little here, since the
-language model is no longer frozen; the versions with a picture should rise.  `caption loss` should fall as well.
+language model is no longer frozen; versions with a picture should rise, and `caption loss` should fall.
 
 Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of
 steps, and the learning rate, reported as 3e-5 at a batch of 256.  The loss and what learns are the paper's.
@@ -169,8 +169,7 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} must be a multiple of {world} x --micro_batch {args.micro_batch} "
-                 f"(processes x rows): change one of them")
+        sys.exit(f"--batch {args.batch} is no multiple of {world} x --micro_batch {args.micro_batch}")
     if args.init == "out/stage2" and not finished(args.init):
         if rank == 0:
             print(f"{args.init} is missing or unfinished: stage 2 first, 5 minutes on 2 cores", flush=True)

@@ -182,6 +182,22 @@ def accuracy(N=64, H=1536, V=20_000):
     return rows
 
 
+def accuracy_table(rows):
+    """The README's table of what accuracy() found."""
+    heads = [key for key in rows[0] if key != "kl"]
+    lines = ["| KL, nats a token | " + " | ".join(heads) + " |", "|--:|" + "--:|" * len(heads)]
+    return "\n".join(lines + [f"| {row['kl']:.0e} | " + " | ".join(f"{100 * row[k]:.2g} %" for k in heads) + " |"
+                              for row in rows])
+
+
+def time_table(shapes):
+    """The README's table of a run on a CPU."""
+    names = [name for name in shapes[0]["table"] if name != "floor"]
+    lines = ["| N | H | V | three products | " + " | ".join(names) + " |", "|--:|--:|--:|--:|" + "--:|" * len(names)]
+    return "\n".join(lines + [f"| {s['N']:,} | {s['H']:,} | {s['V']:,} | {s['floor_ms']:,.0f} ms | " + " | ".join(
+        f"{s['table'][name]['ms']:,.0f} ms" for name in names) + " |" for s in shapes])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 9)

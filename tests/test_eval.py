@@ -1,9 +1,12 @@
 """The scorer's verdicts, the statistics and the files of the built-in benchmark."""
 import json
+import os
+import time
 
 import pytest
 
 import eval as evaluation
+import score_cases
 from data_gen import LADDER
 from eval import interval, score_answer
 
@@ -44,6 +47,31 @@ def test_verdicts(reply, gold, kind, choices, verdict):
     assert score_answer(reply, gold, kind, choices).match is verdict
 
 
+def test_tricky_cases():
+    """Each verdict of the table in score_cases.py, within a second."""
+    wrong = []
+    for reply, gold, kind, choices, verdict, why in score_cases.CASES:
+        begun = time.process_time()
+        score = score_answer(reply, gold, kind, choices)
+        if score.match is not verdict or time.process_time() - begun > 1:
+            wrong.append((why, reply[:60], gold, score))
+    assert not wrong, wrong
+
+
+def test_real_gold_answers_are_right(tmp_path):
+    """Gold answers fed back as replies score 100 %: letters, option texts, numbers with units."""
+    folder = os.environ.get("BENCHMARKS", os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks"))
+    if not os.path.isdir(folder):
+        pytest.skip("no benchmark files here; name their folder in BENCHMARKS")
+    read = lambda name: json.load(open(os.path.join(folder, name), encoding="utf-8"))
+    rows = [(r["answer"], "choice" if r["question_type"] == "multi-choice" else "free", None)
+            for r in read("mathverse_testmini_text_only.sample.json")]
+    rows += [(r["answer"], "choice_text" if r["choices"] else r["answer_type"], r["choices"])
+             for r in read("mathvista_testmini.sample.json").values()]
+    rows += [(r["answer"], "choice", None) for r in read("wemath_testmini.sample.json")]
+    assert len(rows) == 118 and all(score_answer(gold, gold, kind, some).match for gold, kind, some in rows)
+
+
 def test_unparsed_is_told_from_wrong():
     assert score_answer("", "7", "integer").extracted is None
     assert score_answer("†Answer: 8", "7", "integer").extracted == "8"
@@ -52,7 +80,6 @@ def test_unparsed_is_told_from_wrong():
 
 
 def test_a_long_hostile_reply_is_quick():
-    import time
     for text in ("(" * 100_000, "†Answer: " + "9" * 100_000, "answer is " * 10_000, "\\boxed{" * 14_000,
                  "<think>" * 14_000, "\\frac{" * 16_000):
         start = time.process_time()

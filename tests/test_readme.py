@@ -12,7 +12,7 @@ import eval as evaluation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGET = {"data_gen.py": 420, "model.py": 450, "stage1_text_sft.py": 280, "stage2_kl_align.py": 540,
-          "stage3_mm_instruct.py": 290, "eval.py": 450}
+          "stage3_mm_instruct.py": 290, "eval.py": 510}
 
 
 def read(name):
@@ -29,7 +29,7 @@ def test_line_counts_are_true_and_within_budget():
         lines = read(name).count("\n")
         assert f"| `{name}` | {lines} |" in read("README.md"), f"{name} has {lines} lines"
         assert lines <= limit, f"{name} has {lines} lines, its budget is {limit}"
-        assert max(map(len, read(name).splitlines())) <= 120, name
+        assert max(map(len, read(name).splitlines())) <= 110, name
 
 
 def test_ci_runs_the_readme_command():
@@ -54,6 +54,15 @@ def test_result_tables_come_from_the_stored_runs():
     with open(os.path.join(ROOT, "tests", "results", "ablation.json")) as f:
         table = markdown(json.load(f)["runs"])
     assert f"<!-- ablation -->\n{table}\n<!-- /ablation -->" in read("README.md")
+
+
+def test_kernel_tables_come_from_the_stored_run():
+    """The accuracy and the CPU times are exactly what tests/bench_kl.py makes of its file."""
+    from bench_kl import accuracy_table, time_table
+    with open(os.path.join(ROOT, "tests", "results", "bench_kl_cpu.json")) as f:
+        result = json.load(f)
+    for mark, table in (("accuracy", accuracy_table(result["accuracy"])), ("cpu", time_table(result["shapes"]))):
+        assert f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->" in read("README.md")
 
 
 def test_the_table_of_the_first_run_is_the_stored_one():
