@@ -422,9 +422,10 @@ def pair_of_rows(vlm, model, strong, weak):
     return ht, model(weak), labels
 
 @torch.no_grad()
-def show_pair(args, vlm, tokenizer, row):
+def show_pair(args, vlm, tokenizer, row, device):
     """One pair as a table over its answer tokens. The last line is what training would log for it."""
-    strong, weak = (make_batch(vlm, tokenizer, [row], k, args.data, args.max_length) for k in ("", "_2"))
+    strong, weak = (make_batch(vlm, tokenizer, [row], suffix, args.data, args.max_length).to(device)
+                    for suffix in ("", "_2"))
     ht, hs, labels = pair_of_rows(vlm, vlm, strong, weak)
     loss_of = functools.partial(kl_align_loss, weight=vlm.lm_head, alpha=args.alpha, lam=args.lam,
                                 tau=args.tau, standardize=args.standardize, kernel=args.kernel)
@@ -441,9 +442,8 @@ def show_pair(args, vlm, tokenizer, row):
         print(f"{a:4d} {b:4d} {word(labels[k]):>12} | {word(top_t):>12} {p_t:.2f} | {word(top_s):>12} "
               f"{p_s:.2f} | {rows[-1][0]:9.4f} {rows[-1][1]:9.4f} {rows[-1][2]:6.2f}")
     kl_ts, kl_st, ce, mean = np.mean(rows, axis=0)
-    whole, _ = loss_of(hs=hs, ht=ht, labels=labels)
     print(f"mean of {len(rows)} tokens: kl_ts {kl_ts:.4f} kl_st {kl_st:.4f} ce {ce:.4f} -> loss {mean:.4f}; "
-          f"all at once, as in training: {whole:.4f}")
+          f"all at once, as in training: {loss_of(hs=hs, ht=ht, labels=labels)[0]:.4f}")
 
 def main(argv=None):
     args = parse_args(argv)
@@ -463,7 +463,7 @@ def main(argv=None):
     if args.show is not None:
         if not 0 <= args.show < len(rows):
             sys.exit(f"--show {args.show}: {data} has pairs 0 to {len(rows) - 1}")
-        return show_pair(args, vlm.cpu(), tokenizer, rows[args.show])
+        return show_pair(args, vlm, tokenizer, rows[args.show], device)
     for name, child in vlm.named_children():  # before DDP, which looks once at what needs a gradient
         child.requires_grad_(name in TRAINABLE)
         if rank == 0:

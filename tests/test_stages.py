@@ -1,4 +1,5 @@
 """The three loops: same text, same result for any number of processes, exact normalisation, exact resume."""
+import importlib.util
 import json
 import os
 import re
@@ -196,11 +197,13 @@ def test_pairs_must_share_their_answer(data, tmp_path):
         train(2, str(tmp_path / "d"), tmp_path / "out")
 
 
-def test_show_adds_up_to_what_training_logs(data, tmp_path, capsys):
+@pytest.mark.parametrize("kernel", ["eager", pytest.param("triton", marks=pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"))])
+def test_show_adds_up_to_what_training_logs(data, tmp_path, capsys, kernel):
     """Batch of one: the table's last line is the first logged loss, kernel and all."""
     args = stage2_kl_align.make_parser().parse_args(["--batch", "1"])
     first, = stage2_kl_align.rows_of_step(0, 72, args)
-    stage2_kl_align.main(["--init", TINY, "--data", data, "--show", str(first)])
+    stage2_kl_align.main(["--init", TINY, "--data", data, "--show", str(first), "--kernel", kernel])
     mean, whole = re.search(r"-> loss (\S+); all at once, as in training: (\S+)",
                             capsys.readouterr().out).groups()
     train(2, data, tmp_path / "out", steps=1, batch=1, micro_batch=1)
