@@ -48,7 +48,7 @@ def make_parser():
     add("--init", default="tiny", help="model folder to start from")
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage1", help="run folder for checkpoints and metrics")
-    add("--steps", type=int, default=200, help="optimizer steps (ours: 1.6 passes over the default data)")
+    add("--steps", type=int, default=125, help="optimizer steps (ours: one pass over the default data)")
     add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 512)")
     add("--micro_batch", type=int, default=32, help="rows a forward pass; smaller saves memory, same result")
     add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 1e-5; a small one needs more)")

@@ -51,7 +51,7 @@ def make_parser():
     add("--tau", type=float, default=1.0, help="temperature of both softmaxes in KL (reported, script: 1)")
     add("--standardize", action=argparse.BooleanOptionalAction, default=False, help="z / std (script: on)")
     add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: triton on CUDA")
-    add("--steps", type=int, default=270, help="optimizer steps (ours: 0.7 passes over the default data)")
+    add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass over the default data)")
     add("--batch", type=int, default=32, help="pairs a step, all processes together (reported: 64)")
     add("--micro_batch", type=int, default=32, help="pairs a forward pass; smaller saves memory, same result")
     add("--lr", type=float, default=1e-3, help="peak learning rate (reported: 5e-5; a small one needs more)")

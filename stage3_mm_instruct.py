@@ -51,7 +51,7 @@ def make_parser():
     add("--init", default="out/stage2", help="model folder to start from; out/stage2 is made when missing")
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage3", help="run folder for checkpoints and metrics")
-    add("--steps", type=int, default=250, help="optimizer steps (ours: one pass over the default data)")
+    add("--steps", type=int, default=200, help="optimizer steps (ours: 0.8 passes over the default data)")
     add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 256)")
     add("--micro_batch", type=int, default=32, help="rows a forward pass; smaller saves memory, same result")
     add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 3e-5; a small one needs more)")
