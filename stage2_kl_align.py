@@ -183,7 +183,7 @@ def write_log(args, line, numbers):
 # Memory traffic.  A chunk of n rows in bfloat16: the product (5) writes T and D, 4 n V bytes; visit 1 of the
 # kernel reads both (4), visit 2 reads both and writes G over D (6), the product (11) reads G (2).  Together
 # 16 n V bytes, 10 of them the kernel's, for which align_rows, one operation at a time in float32, moves about
-# 260 (count its operations).  What remains is arithmetic: three products of 2 N H V operations.  So: the
+# 160 (count its operations).  What remains is arithmetic: three products of 2 N H V operations.  So: the
 # products to cuBLAS, all that stands between them into ONE kernel, and no third visit.
 #
 # Why two visits are enough: (9) needs L_RKL of the whole row, and by (7)
@@ -219,30 +219,30 @@ def align_rows(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
     returns         (n, 4) float32: L_FKL, L_RKL, L_hard and dL/da_s of each row
     """
     T, D = slab.float().chunk(2)  # (n, V) each
-    z = T + D  # (n, V)
-    at, as_ = a_t[:, None], a_s[:, None]  # (n, 1)
+    z, at, as_ = T + D, a_t[:, None], a_s[:, None]  # (n, V), (n, 1), (n, 1)
     t, e = (at * T, as_ * D + (as_ - at) * T) if rescaled else (T, D)  # (n, V)
     s = t + e if rescaled else z  # (n, V)
-    m_t, m_s = t.amax(-1, keepdim=True), s.amax(-1, keepdim=True)  # (n, 1)
-    p, q = (t - m_t).exp_(), (s - m_s).exp_()  # (n, V)
-    Z_t, Z_s = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)  # (n, 1)
+    p, q = t.softmax(-1), s.softmax(-1)  # (n, V)
+    top = [x.amax(-1, keepdim=True) for x in (t, s, p, q)]  # (n, 1) each; the largest probability is 1 / Z
     y, known = labels[:, None].clamp_min(0), labels[:, None] >= 0  # (n, 1)
-    lse = torch.logsumexp(z, -1, keepdim=True) if rescaled else m_s + Z_s.log()  # (n, 1)
+    lse = torch.logsumexp(z, -1, keepdim=True) if rescaled else top[1] - top[3].log()  # (n, 1)
     hard = (lse - z.gather(1, y)) * known  # (n, 1)  (3)
-    p, q = p.div_(Z_t), q.div_(Z_s)
-    delta = e.sub_((m_s - m_t) + (Z_s / Z_t).log())  # (n, V)  (6) (7)
-    # p (exp(delta) - 1) keeps the digits of q - p when both are close, but can overflow otherwise
-    diff = torch.where(delta.abs() < 0.5, p * torch.expm1(delta), q - p)  # (n, V)
+    delta = e.sub_((top[1] - top[0]) + (top[2] / top[3]).log())  # (n, V)  (6) (7)
+    diff = torch.expm1(delta).mul_(p)  # (n, V) q - p, with all its digits when both are close
+    if max(x.abs() for x in delta.aminmax()) > 30:  # far apart: exp(delta) can overflow and p be 0
+        diff = torch.where(delta.abs() < 0.5, diff, q - p)
     q_delta = q * delta
-    fkl, rkl = (diff - p.mul_(delta)).sum(-1), (q_delta - diff).sum(-1)  # (n,)  (8)
+    fkl, rkl = torch.addcmul(diff, p, delta, value=-1).sum(-1), (q_delta - diff).sum(-1)  # (n,)  (8)
     da = torch.zeros_like(fkl)
     if train:
-        g = diff.mul_(w_f).add_(q_delta.sub_(q * rkl[:, None]), alpha=w_r)  # (n, V)  (9)
+        g = diff.mul_(w_f).add_(q_delta, alpha=w_r)  # (n, V)
         if rescaled:
+            g.addcmul_(q, rkl[:, None], value=-w_r)  # (9)
             da = (g * z).sum(-1)
-            g, q = g.mul_(as_), (z - lse).exp_()
-        g.addcmul_(q, w_c * known).scatter_add_(1, y, -w_c * known.float())  # (10)
-        slab[len(T):] = g
+            g.mul_(as_).addcmul_((z - lse).exp_(), w_c * known)
+        else:  # the same in one visit
+            g.addcmul_(q, w_c * known - w_r * rkl[:, None])
+        slab[len(T):] = g.scatter_add_(1, y, -w_c * known.float())  # (10)
     return torch.stack([fkl, rkl, hard[:, 0], da], 1)
 
 class tl:  # until compiled_kernel() imports triton.language under this name, for the annotations below

@@ -15,8 +15,9 @@ What is new against stage 1:
                  better than the student; after stage 2 the text form is not much better any more.
     the order    by the seed, versions mixed.  Not one version after another: each would unlearn the last.
 
-The table at the end compares the model before and after.  text_only may fall a little here, since the
-language model is no longer frozen; versions with a picture should rise, and `caption loss` should fall.
+The table at the end compares the model before and after.  text_only may move here, since the language
+model is no longer frozen; versions with a picture should rise.  `caption loss` says what reading for its own
+sake, which these rows do not ask for, costs afterwards.
 
 Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of
 steps, and the learning rate, reported as 3e-5 at a batch of 256.  The loss and what learns are the paper's.

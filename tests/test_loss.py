@@ -285,11 +285,10 @@ def test_rows_beyond_2_to_the_31():
 
 
 PLANTED = [  # what a slip of the pen would look like, in the eager rows, the kernel or around them
-    ("direction", "diff.mul_(w_f).add_(q_delta.sub_(q * rkl[:, None]), alpha=w_r)",
-     "diff.mul_(w_r).add_(q_delta.sub_(q * rkl[:, None]), alpha=w_f)"),
+    ("direction", "diff.mul_(w_f).add_(q_delta, alpha=w_r)", "diff.mul_(w_r).add_(q_delta, alpha=w_f)"),
     ("direction", "g = w_f * diff + w_r * q * (delta - center)",
      "g = w_r * diff + w_f * q * (delta - center)"),
-    ("sign", "z = T + D  # (n, V)", "z = T - D  # (n, V)"),
+    ("sign", "z, at, as_ = T + D,", "z, at, as_ = T - D,"),
     ("sign", "t + e - m_s) / Z_s, e - dL", "t + e - m_s) / Z_s, dL - e"),
     ("tau^2 in the gradient", "(lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)",
      "(lam * alpha, lam * (1 - alpha), 1 - lam)"),
@@ -302,7 +301,7 @@ PLANTED = [  # what a slip of the pen would look like, in the eager rows, the ke
     ("gradient of the scale", "da = (g * z).sum(-1)", "da = da"),
     ("gradient of the scale", "da += tl.sum(g * (x + d), 0)", "da += 0.0"),
     ("hard loss of q", "q_raw = tl.exp(tl.where(inside, x + d, low) - lse)", "q_raw = q"),
-    ("hard loss of q", "g.mul_(as_), (z - lse).exp_()", "g.mul_(as_), q"),
+    ("hard loss of q", "addcmul_((z - lse).exp_(), w_c", "addcmul_(q, w_c"),
     ("running maximum", "B * old + tl.sum(q * e, 0)", "B + tl.sum(q * e, 0)"),
     ("mask of the last block", "t = tl.where(inside, a_t * x, low)\n        s = t + e",
      "t = a_t * x\n        s = t + e"),
