@@ -191,10 +191,10 @@ def write_log(args, line, numbers):
 # B and both Z can be summed in one visit with a running maximum M: when a larger one comes, what was summed
 # so far is multiplied by exp(M_old - M_new).  Not flash style, which never stores logits: it has to make them
 # twice, 10 N H V operations instead of 6.
-#
 # When not to use it: teacher and student have different W (no D then), or N V logits fit into a cache anyway.
 # ============================================================================================================
-CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk; 4 MB a tensor, a dozen of them stays near the caches
+CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk, so a dozen tensors of 4 MB stay near the caches; at
+MIN_ROWS = 64             # least so many rows: every chunk reads all of W (6 rows a chunk took 2.5 x as long)
 CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, half the rows)
 _covariance = [lambda: None, None, None]  # for (12): weak reference to W, its version and n_vocab, C
 
@@ -344,7 +344,7 @@ class FusedKLAlign(torch.autograd.Function):
         dW = torch.zeros(weight.shape, device=hs.device) if train_head else None  # (V, H) float32
         sums, da = torch.zeros(3, dtype=torch.float64, device=hs.device), torch.zeros(N, device=hs.device)
         weights = [w / n_total for w in (lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)]
-        n = min(CHUNK_ROWS // (1 + exact) if fused else max(1, CHUNK_ELEMENTS // n_vocab), N)
+        n = min(CHUNK_ROWS // (1 + exact) if fused else max(MIN_ROWS, CHUNK_ELEMENTS // n_vocab), N)
         if not exact:  # one slab for all chunks; its rows start at multiples of 16 bytes, cuBLAS wants that
             room = torch.empty(2 * n, -(-n_vocab // 8) * 8, dtype=dtype, device=hs.device)[:, :n_vocab]
         for c in (slice(i, min(i + n, N)) for i in range(0, N, max(1, n))):

@@ -118,7 +118,7 @@ def time_shape(N, H, V, rounds):
                   for n in (1024, 2048, N) if n <= N and 4 * n * V < 40e9}
     else:
         calls["floor"] = functools.partial(three_products, hs.detach(), ht, W,
-                                           min(N, max(1, stage2.CHUNK_ELEMENTS // V)))
+                                           min(N, max(stage2.MIN_ROWS, stage2.CHUNK_ELEMENTS // V)))
     found, memory = {name: [] for name in calls}, {}
     rounds = rounds if CUDA or N * H * V < 1e10 else min(rounds, 3)  # seconds a call
     for name, call in list(calls.items()):
@@ -186,16 +186,17 @@ def accuracy_table(rows):
     """The README's table of what accuracy() found."""
     heads = [key for key in rows[0] if key != "kl"]
     lines = ["| KL, nats a token | " + " | ".join(heads) + " |", "|--:|" + "--:|" * len(heads)]
-    return "\n".join(lines + [f"| {row['kl']:.0e} | " + " | ".join(f"{100 * row[k]:.2g} %" for k in heads) + " |"
-                              for row in rows])
+    cells = lambda row: " | ".join(f"{100 * row[k]:.2g} %" for k in heads)
+    return "\n".join(lines + [f"| {row['kl']:.0e} | {cells(row)} |" for row in rows])
 
 
 def time_table(shapes):
     """The README's table of a run on a CPU."""
     names = [name for name in shapes[0]["table"] if name != "floor"]
-    lines = ["| N | H | V | three products | " + " | ".join(names) + " |", "|--:|--:|--:|--:|" + "--:|" * len(names)]
-    return "\n".join(lines + [f"| {s['N']:,} | {s['H']:,} | {s['V']:,} | {s['floor_ms']:,.0f} ms | " + " | ".join(
-        f"{s['table'][name]['ms']:,.0f} ms" for name in names) + " |" for s in shapes])
+    lines = ["| N | H | V | three products | " + " | ".join(names) + " |", "|--:" * (4 + len(names)) + "|"]
+    cells = lambda s: " | ".join(f"{s['table'][name]['ms']:,.0f} ms" for name in names)
+    return "\n".join(lines + [f"| {s['N']:,} | {s['H']:,} | {s['V']:,} | {s['floor_ms']:,.0f} ms | {cells(s)} |"
+                              for s in shapes])
 
 
 def main():

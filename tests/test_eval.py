@@ -23,7 +23,7 @@ CASES = [  # reply, gold, kind, choices, verdict
     (r"\boxed{\frac{1}{2}}", "0.5", "free", None, True),
     ("The answer is 1,200.", "1200", "integer", None, True),
     ("3.9", "3", "integer", None, False),
-    ("†Answer: 1.25", "1.3", "float", None, False),
+    ("†Answer: 1.24", "1.3", "float", None, False),
     ("†Answer: 1.333", "1.33", "float", None, True),
     ("†Answer: [1, 2]", "[1,2]", "list", None, True),
     ("†Answer: [2, 1]", "[1,2]", "list", None, False),

@@ -197,7 +197,7 @@ def test_chunks_scaling_accumulation_and_repetition(monkeypatch):
     halves = [torch.autograd.grad(kl_align_loss(hs[c], ht[c], W, labels[c], n_total=11, **setting)[0], hs)[0]
               for c in (slice(0, 7), slice(7, 11))]
     assert torch.allclose(sum(halves), grad, rtol=1e-5, atol=1e-9)
-    for name in ("CHUNK_ELEMENTS", "CHUNK_ROWS"):
+    for name in ("CHUNK_ELEMENTS", "MIN_ROWS", "CHUNK_ROWS"):
         monkeypatch.setattr(stage2_kl_align, name, 1)  # one row at a time
     row_wise = run(hs, ht, W, labels, **setting)
     assert error(row_wise[0].detach(), loss.detach()) < 1e-6 and error(row_wise[2], grad) < 1e-6
