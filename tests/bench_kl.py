@@ -201,7 +201,7 @@ def time_table(shapes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20 if CUDA else 9)
+    parser.add_argument("--rounds", type=int, default=20 if CUDA else 41)
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     print(name, "" if CUDA else "(no CUDA device: small shapes, float32, PyTorch only)",
