@@ -60,7 +60,7 @@ LADDER = {  # version: (groups left in the text, name of the picture)
     "vision_only": ("", "question")}
 VISION_ONLY_TEXT = "Solve the problem."  # ours: a prompt needs some words even when the picture says it all
 # Stage 2 pairs use four of the six rungs: the paper draws a pyramid of 4 levels with 3 upward arrows.  Which
-# rungs, is our reading; the two left out are never trained on, so their accuracy shows what carries over.
+# rungs, is our reading; stage 2 never sees the two left out, so their accuracy shows what carries over.
 PYRAMID = ("text_only", "text_dominant", "vision_dominant", "vision_only")
 PAIRS = {  # (strong, weak): the teacher reads the first, the student the second
     "neighbours": list(zip(PYRAMID, PYRAMID[1:])),  # each level is pulled to the one above, as in the paper
@@ -150,7 +150,7 @@ def rectangle(r):  # area multiplies the sides, perimeter adds them
     names, a, b = r.choice(NAMES), r.randint(3, 12), r.randint(3, 12)
     x, y, w, h = r.uniform(3, 4), r.uniform(8, 9), r.uniform(9, 11), r.uniform(5.5, 6.5)
     A, B, C, D = (x, y), (x + w, y), (x + w, y + h), (x, y + h)
-    find = "area" if r.random() < .5 else "perimeter"
+    find = "area" if r.random() < .5 else "perimeter"  # what is asked is no given: see is_test
     return dict(names=names, numbers=(a, b), lines=[(A, B, C, D, A), corner(A, B, C), corner(C, D, A)],
         text="ABCD is a quadrilateral. | All its angles are right angles. | "
              f"AB={a}, BC={b}. | Find the {find}.", leads=["", f"AB={a} and BC={b}. ", "It is a rectangle. "],
@@ -159,7 +159,7 @@ def rectangle(r):  # area multiplies the sides, perimeter adds them
 
 def circle_diameter(r):  # an angle over a diameter is a right angle (Thales)
     names, a, t, R = r.choice(NAMES), r.randint(15, 75), math.radians(r.uniform(8, 24)), 5.7
-    given, find = r.sample("AB", 2)
+    given, find = r.sample("AB", 2)  # either acute angle may be the known one
     side = -1 if given == "A" else 1  # C leans to the given angle: room for the number in it
     A, B, C = (9 - R, 12), (9 + R, 12), (9 + side * R * math.sin(t), 12 - R * math.cos(t))
     return dict(names=names, numbers=(given, a), work=f"90-{a}={90 - a}.", unit="°",
@@ -265,7 +265,7 @@ def make_problem(split, i, seed=0):
     r, (subject, family) = random.Random(f"{seed}/{split}/{i}"), FAMILIES[i % len(FAMILIES)]  # equally often
     while is_test(family.__name__, (p := family(r))["numbers"]) != (split == "test"):
         pass  # draw again until the givens belong to this split
-    names = str.maketrans(dict(zip("ABCD", p.get("names", ""))))
+    names = str.maketrans(dict(zip("ABCD", p.get("names", ""))))  # solids have no named points
     rename = lambda words: re.sub(r"\b[A-D]+\b", lambda m: m[0].translate(names), words)  # ABC, not All
     p |= zip(("descriptive", "implicit", "numeric", "question"), rename(p["text"]).split(" | "))
     p["labels"] = [(rename(words), x, y, *map(rename, bare)) for words, x, y, *bare in p["labels"]]
@@ -333,7 +333,7 @@ def draw_problem(p, size=DEFAULT_SIZE):
     small = base if size == DEFAULT_SIZE else draw_strokes(p, DEFAULT_SIZE)  # labels stand alike at any size
     ink = small.resize((COLS, ROWS), Image.Resampling.BOX).tobytes()  # mean of each cell, 255: no stroke
     blank = ["".join("." if v == 255 else "#" for v in ink[w * COLS:(w + 1) * COLS]) for w in range(ROWS)]
-    for kind in ("figure", "labelled"):
+    for kind in ("figure", "labelled"):  # each finds its own places: plain letters are shorter
         image, at, free = base.copy(), {}, list(blank)
         for words, x, y, *bare in p["labels"]:
             if words := bare[0] if bare and kind == "figure" else words:
@@ -406,7 +406,7 @@ def main(argv=None):
         for name, row in rows:
             lines.setdefault(name, []).append(json.dumps(row, ensure_ascii=False) + "\n")  # ° stays °
     if pool:
-        pool.close()
+        pool.close()  # imap has handed out all jobs by now
     manifest = dict(seed=args.seed, n=args.n, n_test=args.n_test, size=args.size,
                     rows={k: len(v) for k, v in lines.items()}, sha256={}, pixels_sha256=pixels.hexdigest())
     for name, some in lines.items():

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
@@ -224,6 +225,26 @@ def read_rows(path, fields=("image_url", "instruction", "output")):
     if not rows:
         sys.exit(f"{path} has no rows")
     return rows
+
+
+@torch.no_grad()
+def caption_loss(vlm, tokenizer, folder, device):
+    """Nats a token for reading the numbers off 64 test pictures; None when the data has no such pictures.
+
+    The caption of a picture is what vision_intensive says and vision_dominant only shows (see data_gen.py).
+    """
+    path, rows = os.path.join(folder, "test.jsonl"), []
+    said = {row.get("id"): row for row in (read_rows(path) if os.path.exists(path) else ())}
+    for row in said.values():
+        if row.get("version") == "vision_dominant":
+            text = said[row["id"].replace("dominant", "intensive")]["instruction"]
+            numbers = text.removesuffix(row["instruction"]).strip()
+            rows.append(row | {"instruction": "Read the labels.", "output": numbers})  # as tiny/ learnt it
+    if not rows:
+        return None
+    batch = make_batch(vlm, tokenizer, rows[:64], "", folder).to(device)
+    logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
+    return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ Read this one first: it is a whole training script without a framework, and the 
 
 Why text first: stage 2 pulls the picture form of a problem to the text form.  That can only be worth its name
 when the text form is right.  Why gently: the same weights have to go on understanding pictures, which stage 1
-never shows; the last line printed says how much of that was lost (`caption loss`).
+never shows; the line `caption loss` at the end says how much of that was lost.
 
 Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of
 steps, and the learning rate, reported as 1e-5 at a batch of 512.  The loss and what learns are the paper's.
@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data_gen
-from model import (IGNORE, load_vlm, make_batch, peak_gigabytes, read_rows, save_checkpoint, sha256,
-                   start_or_resume)
+from model import (IGNORE, caption_loss, load_vlm, make_batch, peak_gigabytes, read_rows, save_checkpoint,
+                   sha256, start_or_resume)
 
 TRAINABLE = ("language_model",)  # children of VLM that learn in this stage; all others are frozen
 
@@ -51,7 +51,7 @@ def make_parser():
     add("--steps", type=int, default=125, help="optimizer steps (ours: one pass over the default data)")
     add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 512)")
     add("--micro_batch", type=int, default=32, help="rows a forward pass; smaller saves memory, same result")
-    add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 1e-5; a small one needs more)")
+    add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 1e-5; tiny/ needs more)")
     add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
     add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
@@ -141,31 +141,12 @@ def write_log(args, line, numbers):
         f.write(json.dumps(numbers) + "\n")
 # <<<
 
-@torch.no_grad()
-def caption_loss(vlm, tokenizer, folder, device):
-    """Nats a token for reading the numbers off 64 test pictures; None when the data has no such pictures.
-
-    The caption of a picture is what vision_intensive says and vision_dominant only shows (see data_gen.py).
-    """
-    path, rows = os.path.join(folder, "test.jsonl"), []
-    said = {row.get("id"): row for row in (read_rows(path) if os.path.exists(path) else ())}
-    for row in said.values():
-        if row.get("version") == "vision_dominant":
-            text = said[row["id"].replace("dominant", "intensive")]["instruction"]
-            numbers = text.removesuffix(row["instruction"]).strip()
-            rows.append(row | {"instruction": "Read the labels.", "output": numbers})  # as tiny/ learnt it
-    if not rows:
-        return None
-    batch = make_batch(vlm, tokenizer, rows[:64], "", folder).to(device)
-    logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
-    return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
-
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} is no multiple of {world} x --micro_batch {args.micro_batch}")
+        sys.exit(f"--batch {args.batch}: give a multiple of {world} x --micro_batch {args.micro_batch}")
     data = os.path.join(args.data, "stage1.jsonl")
     rows = read_rows(data)
     vlm, tokenizer = load_vlm(args.init, device)

@@ -54,7 +54,7 @@ def make_parser():
     add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass over the default data)")
     add("--batch", type=int, default=32, help="pairs a step, all processes together (reported: 64)")
     add("--micro_batch", type=int, default=32, help="pairs a forward pass; smaller saves memory, same result")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (reported: 5e-5; a small one needs more)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (reported: 5e-5; tiny/ needs more)")
     add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
     add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
@@ -193,8 +193,8 @@ def write_log(args, line, numbers):
 # twice, 10 N H V operations instead of 6.
 # When not to use it: teacher and student have different W (no D then), or N V logits fit into a cache anyway.
 # ============================================================================================================
-CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk, so a dozen tensors of 4 MB stay near the caches; at
-MIN_ROWS = 64             # least so many rows: every chunk reads all of W (6 rows a chunk took 2.5 x as long)
+CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk; 4 MB a tensor, a dozen of them stays near the caches
+MIN_ROWS = 64  # of an eager chunk: each reads all of W.  At V 151,936, 6 rows a chunk took 3.4 x as long
 CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, half the rows)
 _covariance = [lambda: None, None, None]  # for (12): weak reference to W, its version and n_vocab, C
 
@@ -331,7 +331,7 @@ def product(a, b):
     return a.float() @ b.float()
 
 class FusedKLAlign(torch.autograd.Function):
-    """Equations (5)-(11) for a chunk of rows at a time: no (N, V) tensor ever exists.
+    """Equations (5)-(11) for a chunk of rows at a time: logits exist for no more rows than that.
 
     Loss and gradient come from the same visit, in forward; backward only has to multiply by a scalar.
     """
@@ -394,7 +394,7 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
                          f"not {alpha}, {lam}, {tau}, {kernel!r}")
     if kernel == "triton" and not hs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel triton needs a CUDA device; for a CPU set TRITON_INTERPRET=1 beforehand")
-    fused = kernel == "triton" or (kernel == "auto" and hs.is_cuda and importlib.util.find_spec("triton"))
+    fused = kernel == "triton" or kernel == "auto" and hs.is_cuda and bool(importlib.util.find_spec("triton"))
     device, ht = hs.device.type, ht.detach()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):  # the matrix products run in dtype, all else in float32
@@ -450,7 +450,7 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} is no multiple of {world} x --micro_batch {args.micro_batch}")
+        sys.exit(f"--batch {args.batch}: give a multiple of {world} x --micro_batch {args.micro_batch}")
     if args.init == "out/stage1" and not finished(args.init):
         if rank == 0:
             print(f"{args.init} is missing or unfinished: stage 1 first, a minute on 2 CPU cores", flush=True)

@@ -11,9 +11,9 @@ What is new against stage 1:
                  stood still; now both may move towards each other.
     the rows     all six versions of the problems, the two hardest twice as often, so the model keeps what it
                  can do with text and learns the rungs that stage 2 never paired.
-    the loss     none: plain cross-entropy with the label again, no teacher.  A teacher helps as long as it is
-                 better than the student; after stage 2 the text form is not much better any more.
-    the order    by the seed, versions mixed.  Not one version after another: each would unlearn the last.
+    the loss     nothing: plain cross-entropy with the label again, as in the paper.  The teacher is gone: its
+                 language model, which stage 2 could trust to stand still, is now itself being changed.
+    the order    nothing either: by the seed, with all versions mixed in a batch.
 
 The table at the end compares the model before and after.  text_only may move here, since the language
 model is no longer frozen; versions with a picture should rise.  `caption loss` says what reading for its own
@@ -40,8 +40,8 @@ from tqdm import tqdm
 import data_gen
 import eval as evaluation
 import stage2_kl_align
-from model import (IGNORE, finished, load_vlm, make_batch, peak_gigabytes, read_rows, save_checkpoint,
-                   sha256, start_or_resume)
+from model import (IGNORE, caption_loss, finished, load_vlm, make_batch, peak_gigabytes, read_rows,
+                   save_checkpoint, sha256, start_or_resume)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn in this stage: all
 
@@ -55,7 +55,7 @@ def make_parser():
     add("--steps", type=int, default=200, help="optimizer steps (ours: 0.8 passes over the default data)")
     add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 256)")
     add("--micro_batch", type=int, default=32, help="rows a forward pass; smaller saves memory, same result")
-    add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 3e-5; a small one needs more)")
+    add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 3e-5; tiny/ needs more)")
     add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
     add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
@@ -146,31 +146,12 @@ def write_log(args, line, numbers):
         f.write(json.dumps(numbers) + "\n")
 # <<<
 
-@torch.no_grad()
-def caption_loss(vlm, tokenizer, folder, device):
-    """Nats a token for reading the numbers off 64 test pictures; None when the data has no such pictures.
-
-    The caption of a picture is what vision_intensive says and vision_dominant only shows (see data_gen.py).
-    """
-    path, rows = os.path.join(folder, "test.jsonl"), []
-    said = {row.get("id"): row for row in (read_rows(path) if os.path.exists(path) else ())}
-    for row in said.values():
-        if row.get("version") == "vision_dominant":
-            text = said[row["id"].replace("dominant", "intensive")]["instruction"]
-            numbers = text.removesuffix(row["instruction"]).strip()
-            rows.append(row | {"instruction": "Read the labels.", "output": numbers})  # as tiny/ learnt it
-    if not rows:
-        return None
-    batch = make_batch(vlm, tokenizer, rows[:64], "", folder).to(device)
-    logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
-    return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
-
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
     if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch} is no multiple of {world} x --micro_batch {args.micro_batch}")
+        sys.exit(f"--batch {args.batch}: give a multiple of {world} x --micro_batch {args.micro_batch}")
     if args.init == "out/stage2" and not finished(args.init):
         if rank == 0:
             print(f"{args.init} is missing or unfinished: stage 2 first, 5 minutes on 2 cores", flush=True)

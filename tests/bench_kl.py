@@ -67,7 +67,7 @@ def liger(hs, ht, W, labels):
             + (1 - LAM) * liger_fused_linear_cross_entropy(h, W, labels))
 
 
-def competitors(N, H):
+def competitors():
     """-> {name: function of (hs, ht, W, labels)}, and a line for every peer that is missing."""
     runs, missing = {"this code": ours, "full logits": full_logits}, []
     runs["released formula"] = functools.partial(full_logits, released=True)
@@ -110,7 +110,7 @@ def time_shape(N, H, V, rounds):
     hs = (ht + .3 * torch.randn_like(ht)).requires_grad_()
     W = (torch.randn(V, H, device=device) * 3 / H ** .5).to(dtype)
     labels = torch.randint(0, V, (N,), device=device)
-    runs, missing = competitors(N, H)
+    runs, missing = competitors()
     calls = {name: functools.partial(lambda f: torch.autograd.grad(f(hs, ht, W, labels), hs), f)
              for name, f in runs.items()}
     if CUDA:
@@ -195,8 +195,8 @@ def time_table(shapes):
     names = [name for name in shapes[0]["table"] if name != "floor"]
     lines = ["| N | H | V | three products | " + " | ".join(names) + " |", "|--:" * (4 + len(names)) + "|"]
     cells = lambda s: " | ".join(f"{s['table'][name]['ms']:,.0f} ms" for name in names)
-    return "\n".join(lines + [f"| {s['N']:,} | {s['H']:,} | {s['V']:,} | {s['floor_ms']:,.0f} ms | {cells(s)} |"
-                              for s in shapes])
+    shape = lambda s: f"| {s['N']:,} | {s['H']:,} | {s['V']:,} | {s['floor_ms']:,.0f} ms |"
+    return "\n".join(lines + [f"{shape(s)} {cells(s)} |" for s in shapes])
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Compile the kernel of stage 2 for GPUs that need not be there; print registers and bytes spilled, per thread.
+"""Compile the kernel of stage 2 for GPUs that need not be there; print registers and spilled bytes a thread.
 
     python tests/compile_kernel.py        # sm_80 and sm_90, a few seconds each; one JSON object a line
 """
@@ -22,8 +22,8 @@ def report(arch, dtype, rescaled, train):
     from triton.backends.compiler import GPUTarget
     kernel = stage2_kl_align.compiled_kernel()
     constants = dict(V=151_936, BLOCK=2048, RESCALED=rescaled, TRAIN=train)
-    types = dict(slab=f"*{dtype}", a_t_of="*fp32", a_s_of="*fp32", label_of="*i64", out="*fp32", n="i32", stride="i32",
-                 w_f="fp32", w_r="fp32", w_c="fp32", **dict.fromkeys(constants, "constexpr"))
+    types = dict(slab=f"*{dtype}", a_t_of="*fp32", a_s_of="*fp32", label_of="*i64", out="*fp32", n="i32",
+                 stride="i32", w_f="fp32", w_r="fp32", w_c="fp32", **dict.fromkeys(constants, "constexpr"))
     aligned = {(list(types).index(k),): [["tt.divisibility", 16]] for k in ("slab", "stride")}  # as at launch
     source = triton.compiler.ASTSource(kernel, types, constants, aligned)
     asm = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8}).asm
@@ -32,7 +32,7 @@ def report(arch, dtype, rescaled, train):
         path.write_bytes(asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         said = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
-    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}  # what is spilled goes to the stack
+    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}  # spills go to the stack
     return dict(arch=f"sm_{arch}", slab=dtype, rescaled=rescaled, train=train, registers=usage["REG"],
                 spilled=usage["STACK"] + usage["LOCAL"])
 

@@ -46,8 +46,8 @@ def test_neither_workers_nor_n_matter(tmp_path, monkeypatch):
     assert few == make(tmp_path / "c", 70, 2, "--workers", "2") and few.pop("manifest.json")
     assert all(more[name].startswith(few[name]) for name in few)
 
-def canonical(p):  # without choices, points renamed in order of appearance: the same for the same givens
-    text, names = " ".join([p["descriptive"], p["implicit"], p["numeric"], p["question"].split(". ")[0]]), {}
+def canonical(p):  # without the question, points renamed in order of appearance: the same for the same givens
+    text, names = " ".join([p["descriptive"], p["implicit"], p["numeric"]]), {}
     swap = lambda m: "".join(names.setdefault(c, "ABCDE"[len(names)]) for c in m[0])
     return re.sub(r"\b[A-NP-Z]+\b", swap, text.rstrip("."))
 

@@ -60,7 +60,8 @@ def test_tricky_cases():
 
 def test_real_gold_answers_are_right(tmp_path):
     """Gold answers fed back as replies score 100 %: letters, option texts, numbers with units."""
-    folder = os.environ.get("BENCHMARKS", os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks"))
+    shared = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks")
+    folder = os.environ.get("BENCHMARKS", shared)
     if not os.path.isdir(folder):
         pytest.skip("no benchmark files here; name their folder in BENCHMARKS")
     read = lambda name: json.load(open(os.path.join(folder, name), encoding="utf-8"))

@@ -30,6 +30,10 @@ def both_kernels(request):
     torch.set_default_device(None)
 
 
+ONLY_TRITON = pytest.mark.parametrize("both_kernels", [pytest.param("triton", marks=WITHOUT_TRITON)],
+                                      indirect=True)
+
+
 def kl_align_loss(*tensors, **setting):
     return stage2_kl_align.kl_align_loss(*tensors, **{"kernel": KERNEL} | setting)
 
@@ -270,10 +274,9 @@ def test_the_kernels_are_what_they_say(monkeypatch):
             run(hs, ht, W, labels, alpha=.5, lam=.5, kernel="triton")
 
 
+@ONLY_TRITON
 def test_rows_beyond_2_to_the_31():
     """Elements of a slab are counted in 64 bits: 16,384 rows of a real vocabulary are 2.5e9."""
-    if KERNEL == "eager":
-        pytest.skip("PyTorch counts in 64 bits anyway")
     n, V, stride = 2, 50, 2 ** 30  # untouched memory costs nothing; one row in front for offsets that wrap
     slab = torch.empty(4 * stride + V, dtype=torch.int8).as_strided(
         (2 * n, V), (stride, 1), storage_offset=stride)
@@ -320,10 +323,9 @@ PLANTED = [  # what a slip of the pen would look like, in the eager rows, the ke
 
 
 @pytest.mark.parametrize("name,right,wrong", PLANTED)
+@ONLY_TRITON
 def test_planted_errors_are_found(name, right, wrong, tmp_path, monkeypatch):
     """The tests above are worth something only if they fail when the loss is wrong."""
-    if KERNEL == "eager":
-        pytest.skip("one run covers both kernels")
     source = open(stage2_kl_align.__file__, encoding="utf-8").read()
     assert source.count(right) >= 1, f"{name}: the text to damage is gone, update this table"
     path = tmp_path / "damaged.py"
@@ -346,10 +348,9 @@ def test_planted_errors_are_found(name, right, wrong, tmp_path, monkeypatch):
         test_rows_beyond_2_to_the_31()
 
 
+@ONLY_TRITON
 def test_the_kernel_compiles_without_spills():
     """Too few registers mean swapping to memory, and the kernel's whole point is to save memory traffic."""
-    if KERNEL == "eager":
-        pytest.skip("nothing to compile")
     if importlib.util.find_spec("triton.backends.nvidia") is None:
         pytest.skip("this build of Triton has no NVIDIA compiler")
     script = os.path.join(os.path.dirname(__file__), "compile_kernel.py")

@@ -62,7 +62,8 @@ def test_kernel_tables_come_from_the_stored_run():
     from bench_kl import accuracy_table, time_table
     with open(os.path.join(ROOT, "tests", "results", "bench_kl_cpu.json")) as f:
         result = json.load(f)
-    for mark, table in (("accuracy", accuracy_table(result["accuracy"])), ("cpu", time_table(result["shapes"]))):
+    tables = {"accuracy": accuracy_table(result["accuracy"]), "cpu": time_table(result["shapes"])}
+    for mark, table in tables.items():
         assert f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->" in read("README.md")
 
 

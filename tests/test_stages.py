@@ -187,6 +187,18 @@ def test_nan_stops_before_the_step_and_saves_nothing(data, tmp_path):
     assert model.newest_checkpoint(str(tmp_path / "out")) is None
 
 
+def test_caption_loss_is_small_for_a_model_that_reads_and_large_for_another_picture(data, tmp_path):
+    """The number by which stage 1 shows that it unlearnt to look; None when the data has no such pictures."""
+    vlm, tokenizer = model.load_vlm(TINY)
+    assert model.caption_loss(vlm, tokenizer, data, "cpu") < .5
+    shutil.copytree(data, tmp_path / "d")
+    for path in (tmp_path / "d" / "images").glob("test-*-labelled.png"):
+        shutil.copy(str(path).replace("labelled", "figure"), path)  # the same figure without its numbers
+    assert model.caption_loss(vlm, tokenizer, str(tmp_path / "d"), "cpu") > 1
+    os.remove(tmp_path / "d" / "test.jsonl")
+    assert model.caption_loss(vlm, tokenizer, str(tmp_path / "d"), "cpu") is None
+
+
 def test_pairs_must_share_their_answer(data, tmp_path):
     shutil.copytree(data, tmp_path / "d")
     path = tmp_path / "d" / "stage2_top.jsonl"

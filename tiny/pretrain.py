@@ -1,6 +1,6 @@
 """Make the embedded backbones from nothing: tokenizer, SigLIP-style encoder, projector and Qwen2-style LLM.
 
-    python tiny/pretrain.py    # an hour's work for 2 CPU cores; README.md beside this has the log and times
+    python tiny/pretrain.py    # 80 minutes on 2 CPU cores; README.md beside this has the log and times
     python tiny/pretrain.py --dense 20 --text 20 --joint 20 --pool 200 --out tiny_new    # does it run at all
 
 They stand in, offline, for downloading an aligned SigLIP + Qwen2, and get the same kind of schooling: they
@@ -10,7 +10,7 @@ teaching that is what the stages do.
 
 Three phases:
   dense   the encoder alone: which two characters stand in each patch (it has to see before all else pays off)
-  text    the language model alone, on the text batches of the next phase: a step costs a third of a joint one
+  text    the language model alone, on the next phase's text batches: a step costs under half of a joint one
   joint   everything, on two batches a step (weights in MIX_PICTURES, MIX_TEXT):
           pictures    read the numeric labels, read the question, compute with numbers found in a random
                       picture, solve a textual problem with a random picture beside it (a picture must not
