@@ -221,7 +221,7 @@ def read_rows(path, fields=("image_url", "instruction", "output")):
                                      f"{row['output_2']!r}")
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 sys.exit(f"{path}:{number}: {error}")
-            rows.append(row)
+            rows.append({"id": f"{path}:{number}"} | row)
     if not rows:
         sys.exit(f"{path} has no rows")
     return rows

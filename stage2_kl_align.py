@@ -53,7 +53,7 @@ def make_parser():
     add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: triton on CUDA")
     add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass over the default data)")
     add("--batch", type=int, default=32, help="pairs a step, all processes together (reported: 64)")
-    add("--micro_batch", type=int, default=32, help="pairs a forward pass; smaller saves memory, same result")
+    add("--micro_batch", type=int, default=16, help="pairs a forward pass at most: memory and padding, not the result")
     add("--lr", type=float, default=1e-3, help="peak learning rate (reported: 5e-5; tiny/ needs more)")
     add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
@@ -120,14 +120,19 @@ def learning_rate(step, args):
 def shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
-def rows_of_step(step, n, args):
-    """Row numbers of a global batch: a function of the step alone.
+def rows_of_step(step, rows, args, rank, world, suffix=""):
+    """This process's rows of a global batch, a list for each micro-batch: a function of the step alone.
 
     Not a DataLoader with a sampler: there is no state to save, so a resumed run and a run on other processes
-    see the same rows in the same order.  The end of an epoch does not cut a batch short.
+    see the same batches.  The end of an epoch does not cut a batch short.  Inside a batch the order is free,
+    since its loss is one sum: rows alike in length share a micro-batch, and less of it is padding.
     """
-    places = range(step * args.batch, (step + 1) * args.batch)
-    return [int(shuffled(n, args.seed, place // n)[place % n]) for place in places]
+    n, places = len(rows), range(step * args.batch, (step + 1) * args.batch)
+    batch = [rows[int(shuffled(n, args.seed, place // n)[place % n])] for place in places]
+    batch.sort(key=lambda row: (row[f"image_url{suffix}"] != "",
+                                len(row[f"instruction{suffix}"]) + len(row[f"output{suffix}"])))
+    mine = batch[rank::world]  # every world-th: nothing to agree upon, and all have about as much to do
+    return [mine[k:k + args.micro_batch] for k in range(0, len(mine), args.micro_batch)]
 # <<<
 
 # >>> identical in stage1/2/3: optimizer and log
@@ -449,8 +454,8 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     prepare_data(args, rank)
-    if args.batch % (world * args.micro_batch):
-        sys.exit(f"--batch {args.batch}: give a multiple of {world} x --micro_batch {args.micro_batch}")
+    if args.batch < world:
+        sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row: raise it")
     if args.init == "out/stage1" and not finished(args.init):
         if rank == 0:
             print(f"{args.init} is missing or unfinished: stage 1 first, a minute on 2 CPU cores", flush=True)
@@ -482,9 +487,7 @@ def main(argv=None):
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        mine = rows_of_step(step, len(rows), args)[rank::world]
-        size = args.micro_batch
-        parts = [[rows[i] for i in mine[k:k + size]] for k in range(0, len(mine), size)]
+        parts = rows_of_step(step, rows, args, rank, world, "_2")
         strong, weak = ([make_batch(vlm, tokenizer, part, suffix, args.data, args.max_length).to(device)
                          for part in parts] for suffix in ("", "_2"))
         # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted
@@ -510,8 +513,8 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, kl_ts, kl_st, ce, agree = total(*here, device=device)
         if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not "
-                     f"saved; a lower --lr may help; rows of process {rank}: {mine}")
+            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not saved; "
+                     f"a lower --lr may help; rows here: {[row['id'] for part in parts for row in part]}")
         optimizer.step()
         optimizer.zero_grad()
         done, tokens = step + 1, tokens + n_seen

@@ -70,7 +70,7 @@ def main():
         with open(path, "w") as f:  # after every seed: a killed run keeps what it has
             json.dump({"command": "python tests/ablation.py", "date": time.strftime("%Y-%m-%d"),
                        "torch": torch.__version__,
-                       "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+                       "machine": f"{torch.get_num_threads()} CPU threads a run, {platform.machine()}",
                        "runs": dict(sorted(runs.items()))}, f, indent=1)
     print(markdown(runs))
 

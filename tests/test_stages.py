@@ -87,10 +87,11 @@ def test_accumulation_does_not_change_the_result(stage, data, tmp_path):
 def test_two_processes_do_what_one_does(data, tmp_path):
     """fp32, gloo, torchrun, compared by update; text-only and picture rows fall on different processes."""
     for stage in (2, 3):
-        one = train(stage, data, tmp_path / f"one{stage}", micro_batch=4, steps=2, clip=0.5, lr=1e-4)
+        same = dict(batch=5, steps=2, clip=0.5, lr=1e-4)  # 5: one process has a row and a micro-batch more
+        one = train(stage, data, tmp_path / f"one{stage}", micro_batch=5, **same)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                    STAGES[stage].__file__, *flags(stage, data, str(tmp_path / f"two{stage}"), micro_batch=1,
-                                                  steps=2, clip=0.5, lr=1e-4)]
+                                                  **same)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]
         two = weights(tmp_path / f"two{stage}")
@@ -109,7 +110,7 @@ def test_the_logged_loss_is_one_mean_over_all_answer_tokens(data, tmp_path):
     rows = model.read_rows(os.path.join(data, "stage1.jsonl"))
     args = stage1_text_sft.make_parser().parse_args(["--batch", "8"])
     batch = model.make_batch(vlm, tokenizer,
-                             [rows[i] for i in stage1_text_sft.rows_of_step(0, len(rows), args)])
+                             sum(stage1_text_sft.rows_of_step(0, rows, args, 0, 1), []))
     with torch.no_grad():
         logits = vlm(batch) @ vlm.lm_head.T
     want = F.cross_entropy(logits, batch.labels[batch.labels != -100]).item()
@@ -128,6 +129,24 @@ def test_resume_is_exact(stage, data, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in open(tmp_path / "b" / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4]
+
+
+def test_micro_batches_share_a_batch_out_and_hold_alike_lengths(data):
+    rows = model.read_rows(os.path.join(data, "stage3.jsonl"))
+    args = stage3_mm_instruct.make_parser().parse_args(["--batch", "21", "--micro_batch", "4"])
+    length = lambda row: (bool(row["image_url"]), len(row["instruction"]) + len(row["output"]))
+    shares = [stage3_mm_instruct.rows_of_step(1, rows, args, rank, 2) for rank in (0, 1)]
+    assert [[len(part) for part in share] for share in shares] == [[4, 4, 3], [4, 4, 2]]
+    flat = [[row for part in share for row in part] for share in shares]
+    assert all(list(map(length, mine)) == sorted(map(length, mine)) for mine in flat)
+    want = [rows[stage3_mm_instruct.shuffled(48, 3407, 0)[k]] for k in range(21, 42)]
+    assert sorted(map(json.dumps, flat[0] + flat[1])) == sorted(map(json.dumps, want))
+
+
+def test_a_batch_smaller_than_the_world_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage1_text_sft, "setup_distributed", lambda: (0, 5, torch.device("cpu")))
+    with pytest.raises(SystemExit, match="--batch 4 leaves some of the 5 processes"):
+        train(1, data, tmp_path / "out")
 
 
 def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, capsys):
@@ -214,8 +233,9 @@ def test_pairs_must_share_their_answer(data, tmp_path):
 def test_show_adds_up_to_what_training_logs(data, tmp_path, capsys, kernel):
     """Batch of one: the table's last line is the first logged loss, kernel and all."""
     args = stage2_kl_align.make_parser().parse_args(["--batch", "1"])
-    first, = stage2_kl_align.rows_of_step(0, 72, args)
-    stage2_kl_align.main(["--init", TINY, "--data", data, "--show", str(first), "--kernel", kernel])
+    rows = model.read_rows(os.path.join(data, "stage2_top.jsonl"))
+    (first,), = stage2_kl_align.rows_of_step(0, rows, args, 0, 1, "_2")
+    stage2_kl_align.main(["--init", TINY, "--data", data, "--show", str(rows.index(first)), "--kernel", kernel])
     mean, whole = re.search(r"-> loss (\S+); all at once, as in training: (\S+)",
                             capsys.readouterr().out).groups()
     train(2, data, tmp_path / "out", steps=1, batch=1, micro_batch=1)
