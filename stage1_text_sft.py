@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data_gen
-from model import (IGNORE, caption_loss, load_vlm, make_batch, peak_gigabytes, read_rows, save_checkpoint,
-                   sha256, start_or_resume)
+from model import (IGNORE, backbone_flags, caption_loss, make_batch, peak_gigabytes, read_rows,
+                   save_checkpoint, sha256, start_or_resume, start_vlm)
 
 TRAINABLE = ("language_model",)  # children of VLM that learn in this stage; all others are frozen
 
@@ -46,6 +46,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--init", default="tiny", help="model folder to start from")
+    backbone_flags(add)
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage1", help="run folder for checkpoints and metrics")
     add("--steps", type=int, default=125, help="optimizer steps (ours: one pass over the default data)")
@@ -69,6 +70,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.batch, args.micro_batch, args.log_every, args.save_every) < 1 or args.steps < 0:
         parser.error("--batch, --micro_batch, --log_every, --save_every must be 1 or more, --steps 0 or more")
+    if bool(args.llm) != bool(args.vision) or args.llm and args.init != parser.get_default("init"):
+        parser.error("--llm and --vision go together, and stand instead of --init")
+    args.init = None if args.llm else args.init
     if int(os.environ.get("RANK", 0)) == 0:
         values = (f"{k}={v}" + "*" * (v != parser.get_default(k)) for k, v in vars(args).items())
         print(os.path.basename(__file__), *values, flush=True)
@@ -154,7 +158,7 @@ def main(argv=None):
         sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row: raise it")
     data = os.path.join(args.data, "stage1.jsonl")
     rows = read_rows(data)
-    vlm, tokenizer = load_vlm(args.init, device)
+    vlm, tokenizer = start_vlm(args, device, TRAINABLE)
     # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for ever; and
     # before the optimizer, which would decay even a weight that never gets a gradient.
     for name, child in vlm.named_children():

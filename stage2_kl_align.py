@@ -33,8 +33,8 @@ from tqdm import tqdm
 import data_gen
 import eval as evaluation
 import stage1_text_sft
-from model import (IGNORE, finished, load_vlm, make_batch, peak_gigabytes, read_rows, save_checkpoint,
-                   sha256, start_or_resume)
+from model import (IGNORE, backbone_flags, finished, make_batch, peak_gigabytes, read_rows, save_checkpoint,
+                   sha256, start_or_resume, start_vlm)
 
 TRAINABLE = ("vision_model", "projector")  # the language model is frozen and must come out bit-identical
 
@@ -43,6 +43,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--init", default="out/stage1", help="model folder to start from; out/stage1 is made when missing")
+    backbone_flags(add)
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage2", help="run folder for checkpoints and metrics")
     add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: the text, or one level up")
@@ -74,6 +75,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.batch, args.micro_batch, args.log_every, args.save_every) < 1 or args.steps < 0:
         parser.error("--batch, --micro_batch, --log_every, --save_every must be 1 or more, --steps 0 or more")
+    if bool(args.llm) != bool(args.vision) or args.llm and args.init != parser.get_default("init"):
+        parser.error("--llm and --vision go together, and stand instead of --init")
+    args.init = None if args.llm else args.init
     if int(os.environ.get("RANK", 0)) == 0:
         values = (f"{k}={v}" + "*" * (v != parser.get_default(k)) for k, v in vars(args).items())
         print(os.path.basename(__file__), *values, flush=True)
@@ -464,7 +468,7 @@ def main(argv=None):
             dist.barrier()  # rank 0 may still be writing
     data = os.path.join(args.data, f"stage2_{args.pairs}.jsonl")
     rows = read_rows(data, [f + side for f in ("image_url", "instruction", "output") for side in ("", "_2")])
-    vlm, tokenizer = load_vlm(args.init, device)
+    vlm, tokenizer = start_vlm(args, device, TRAINABLE)
     if args.show is not None:
         if not 0 <= args.show < len(rows):
             sys.exit(f"--show {args.show}: {data} has pairs 0 to {len(rows) - 1}")
@@ -482,7 +486,7 @@ def main(argv=None):
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
     begun, tokens = time.time(), 0
-    before = {k: v.clone() for k, v in vlm.language_model.state_dict().items()}
+    before = {k: torch.hash_tensor(v) for k, v in vlm.language_model.state_dict().items()}
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
@@ -531,10 +535,10 @@ def main(argv=None):
         if args.steps == 0:  # nothing to train, but whoever asked wants a model there
             save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, {"run": run})
         after = vlm.language_model.state_dict()
-        assert all(torch.equal(after[k], v) for k, v in before.items()), "the frozen LLM has changed"
+        assert all(torch.hash_tensor(after[k]) == v for k, v in before.items()), "the frozen LLM has changed"
         print(f"stage 2 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
         if args.evaluate:
-            evaluation.main([args.init, args.out, "--data", args.data])
+            evaluation.main([*filter(None, [args.init]), args.out, "--data", args.data])
 
 if __name__ == "__main__":
     main()

@@ -40,8 +40,8 @@ from tqdm import tqdm
 import data_gen
 import eval as evaluation
 import stage2_kl_align
-from model import (IGNORE, caption_loss, finished, load_vlm, make_batch, peak_gigabytes, read_rows,
-                   save_checkpoint, sha256, start_or_resume)
+from model import (IGNORE, backbone_flags, caption_loss, finished, make_batch, peak_gigabytes, read_rows,
+                   save_checkpoint, sha256, start_or_resume, start_vlm)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn in this stage: all
 
@@ -50,6 +50,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--init", default="out/stage2", help="model folder to start from; out/stage2 is made when missing")
+    backbone_flags(add)
     add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
     add("--out", default="out/stage3", help="run folder for checkpoints and metrics")
     add("--steps", type=int, default=200, help="optimizer steps (ours: 0.8 passes over the default data)")
@@ -74,6 +75,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.batch, args.micro_batch, args.log_every, args.save_every) < 1 or args.steps < 0:
         parser.error("--batch, --micro_batch, --log_every, --save_every must be 1 or more, --steps 0 or more")
+    if bool(args.llm) != bool(args.vision) or args.llm and args.init != parser.get_default("init"):
+        parser.error("--llm and --vision go together, and stand instead of --init")
+    args.init = None if args.llm else args.init
     if int(os.environ.get("RANK", 0)) == 0:
         values = (f"{k}={v}" + "*" * (v != parser.get_default(k)) for k, v in vars(args).items())
         print(os.path.basename(__file__), *values, flush=True)
@@ -165,7 +169,7 @@ def main(argv=None):
             dist.barrier()  # rank 0 may still be writing
     data = os.path.join(args.data, "stage3.jsonl")
     rows = read_rows(data)
-    vlm, tokenizer = load_vlm(args.init, device)
+    vlm, tokenizer = start_vlm(args, device, TRAINABLE)
     # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for ever; and
     # before the optimizer, which would decay even a weight that never gets a gradient.
     for name, child in vlm.named_children():
@@ -244,7 +248,7 @@ def main(argv=None):
             print(f"caption loss: {reading:.3f} before, {now:.3f} after, nats a token")
         print(f"stage 3 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
         if args.evaluate:
-            evaluation.main([args.init, args.out, "--data", args.data])
+            evaluation.main([*filter(None, [args.init]), args.out, "--data", args.data])
 
 if __name__ == "__main__":
     main()
