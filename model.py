@@ -22,7 +22,6 @@ import resource
 import shutil
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,12 +29,11 @@ import torch.nn.functional as F
 import torch.distributed as dist
 import torch.nn as nn
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers import (DeepseekVLHybridConfig, DeepseekVLHybridModel, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig,
-                          SiglipVisionModel)
+from safetensors.torch import load_file, save_file
+from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel)
 
 IMAGE_TOKEN = "<|image|>"  # the placeholder; the released Qwen checkpoints call it so
 IGNORE = -100  # label of a position that is not trained on; torch's cross_entropy skips this value
@@ -67,38 +65,6 @@ class GatedProjector(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class HybridVision(nn.Module):
-    """DeepSeek-VL's two encoders, SAM on the picture and SigLIP on a smaller copy, in transformers' classes."""
-
-    def __init__(self, config):  # {"low": SigLIP's, "high": SAM's, "pixels": (mean, std) of high}
-        super().__init__()
-        unused = {"model_type": "llama", "hidden_size": 2, "num_attention_heads": 1, "num_hidden_layers": 0}
-        self.both = DeepseekVLHybridModel(DeepseekVLHybridConfig(
-            vision_config=config["low"], high_res_vision_config=config["high"], text_config=unused))
-        del self.both.aligner, self.both.language_model
-        self.config, self.pixels = self.both.config.vision_config, config["pixels"]
-
-    def forward(self, pixel_values):  # (I, 3, S, S) -> last_hidden_state (I, P, W): SAM's half, SigLIP's half
-        mean, std = (pixel_values.new_tensor(x)[:, None, None] for x in self.pixels)
-        low = F.interpolate(pixel_values, self.config.image_size, mode="bilinear", antialias=True)
-        features = (self.both.get_high_res_image_features((pixel_values / 2 + 0.5 - mean) / std),
-                    self.both.get_low_res_image_features(low))
-        return SimpleNamespace(last_hidden_state=torch.cat([f.last_hidden_state for f in features], -1))
-
-
-class HybridProjector(nn.Module):
-    """The released DeepSeek system's projector: half of the hidden width for each encoder."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.high_up_proj, self.low_up_proj = (nn.Linear(width // 2, hidden // 2) for _ in range(2))
-        self.down = nn.Linear(hidden, hidden)
-
-    def forward(self, x):  # (I, P, W) -> (I, P, H)
-        high, low = x.chunk(2, -1)
-        return self.down(F.gelu(torch.cat([self.high_up_proj(high), self.low_up_proj(low)], -1)))
-
-
 class VLM(nn.Module):
     """Vision encoder, projector and language model.
 
@@ -110,18 +76,13 @@ class VLM(nn.Module):
         super().__init__()
         self.vision_model, self.projector, self.language_model = vision, projector, language_model
         self.config, self.image_token_id = config, config["image_token_id"]
-        self.unused = {}  # tensors of a checkpoint that nothing reads (layers above feature_layer): for save_vlm
+        self.unused = {}  # tensors of a checkpoint that nothing reads, kept for save_vlm; see fill
 
     @property
     def image_tokens(self):
         """P, from the config: the only home of this number."""
         vision = self.vision_model.config
         return (vision.image_size // vision.patch_size) ** 2 - self.config["drop_first"]
-
-    @property
-    def image_size(self):
-        """S, from the config too."""
-        return self.config["image_size"] or self.vision_model.config.image_size
 
     @property
     def lm_head(self):
@@ -185,11 +146,10 @@ class Batch:
         return Batch(*(getattr(self, field).to(device) for field in self.__dataclass_fields__))
 
 
-def load_image(path, size, pad_color=None):
+def load_image(path, size):
     """A picture file as (3, size, size) float32 in [-1, 1]: SigLIP's normalisation, mean = std = .5.
 
-    Resized without keeping the aspect, as in the released Qwen2 code; with a pad_color (R, G, B) keeping it,
-    on a square of that color, as in the released DeepSeek code.
+    Resized without keeping the aspect, as in the released code.
     """
     with Image.open(path) as image:
         if image.mode == "I;16":  # Pillow clips 16 bits to 8; this keeps the upper ones
@@ -198,21 +158,19 @@ def load_image(path, size, pad_color=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        if pad_color:
-            image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, tuple(pad_color))
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
 def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_length=1024, size=None,
-                   answer=True, after_image="", pad_color=None):
+                   answer=True, after_image=""):
     """One form of a data row as (input_ids, labels, picture or None).
 
     row       dict with image_url, instruction, output, each with suffix "" or "_2"; image_url "" = text only
     size      picture side S; root: the folder image_url starts from
     answer    False: the prompt only, for generation
-    after_image, pad_color  see build
+    after_image  words between picture and question
     raises    ValueError when the prompt alone fills max_length; a long answer loses its tail
 
     The prompt is the tokenizer's chat template.  The picture comes before the words, where a text-only prompt
@@ -236,7 +194,7 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
     # The shift: position t predicts token t + 1.  So the last prompt position has the first answer token as
     # its label, and the last position, which would predict what follows <eos>, has none.
     labels = [IGNORE] * (len(prompt) - 1) + target + [IGNORE] if answer else [IGNORE] * len(prompt)
-    pixels = load_image(os.path.join(root, picture), size, pad_color) if picture else None
+    pixels = load_image(os.path.join(root, picture), size) if picture else None
     return (prompt + target)[:max_length], labels[:max_length], pixels
 
 
@@ -253,12 +211,12 @@ def collate(examples, pad_id, size, left=False):
 
 
 def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer=True):
-    """Rows -> Batch, P and S as in the config. answer=False: prompts only, padded on the left."""
-    examples = [encode_example(
-        tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root, max_length=max_length,
-        size=vlm.image_size, answer=answer, after_image=vlm.config["after_image"],
-        pad_color=vlm.config["pad_color"]) for row in rows]
-    return collate(examples, tokenizer.pad_token_id, vlm.image_size, left=not answer)
+    """Rows -> Batch, P and S as in the vision config. answer=False: prompts only, padded on the left."""
+    size = vlm.vision_model.config.image_size
+    examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root,
+                               max_length=max_length, size=size, answer=answer,
+                               after_image=vlm.config["after_image"]) for row in rows]
+    return collate(examples, tokenizer.pad_token_id, size, left=not answer)
 
 
 def read_rows(path, fields=("image_url", "instruction", "output")):
@@ -315,45 +273,18 @@ def caption_loss(vlm, tokenizer, folder, device):
 
 # ------------------------------------------------------------------------------------------------------------
 # Model folders: ours (config.json, model.safetensors, tokenizer files), the released ones, and the language
-# models and vision towers of others as Hugging Face lays them out.  No pickle is opened: loading one runs
-# code.  No weight stays random but those of a new projector.
+# models and vision towers of others.  No pickle: loading one runs code.  No weight stays random by accident.
 # ------------------------------------------------------------------------------------------------------------
 LLMS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-PROJECTORS = {"mlp": Projector, "gated": GatedProjector, "hybrid": HybridProjector}
+PROJECTORS = {"mlp": Projector, "gated": GatedProjector}
 TIED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"  # one matrix, two names
-QWEN_PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for m in messages %}"  # released
-               "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-DEEPSEEK_PROMPT = ("{{ bos_token }}%s{%% for m in messages %%}{{ 'User: ' if m.role == 'user' else 'Assistant: ' }}"
-                   "{{ m.content }}\n\n{%% endfor %%}{%% if add_generation_prompt %%}Assistant:{%% endif %%}")
-DEEPSEEK_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual "
-                   "content that the user provides, and assist the user with a variety of tasks using natural "
-                   "language.\n\n")  # released
-HYBRID = {  # what the names in the released DeepSeek config.json stand for
-    "sam_b_downsample": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "siglip_large_patch16_384": {"hidden_size": 1024, "intermediate_size": 4096, "patch_size": 16,
-                                 "num_hidden_layers": 24, "num_attention_heads": 16}}
-HYBRID_NAMES = [line.split() for line in r"""
-    vision_tower_high.vision_tower.hd_alpha_downsamples   both.high_res_vision_alpha
-    vision_tower_high.vision_tower.neck_hd                both.high_res_vision_neck
-    vision_tower_high.vision_tower.downsamples.0          both.high_res_vision_proj.conv1
-    vision_tower_high.vision_tower.downsamples.1          both.high_res_vision_proj.conv2
-    vision_tower_high.vision_tower                        both.high_res_vision_model.vision_encoder
-    vision_tower_low.vision_tower.pos_embed               both.vision_model.embeddings.position_embedding.weight
-    vision_tower_low.vision_tower.patch_embed.proj        both.vision_model.embeddings.patch_embedding
-    vision_tower_low.vision_tower.norm                    both.vision_model.post_layernorm
-    vision_tower_low.vision_tower.blocks.(\d+).attn       both.vision_model.encoder.layers.\1.self_attn
-    vision_tower_low.vision_tower.blocks                  both.vision_model.encoder.layers
-    self_attn.proj      self_attn.out_proj
-    patch_embed.proj    patch_embed.projection
-    blocks              layers
-    neck.0              neck.conv1
-    neck.1              neck.layer_norm1
-    neck.2              neck.conv2
-    neck.3              neck.layer_norm2
-    \.norm(\d)          .layer_norm\1
-    aligner.layers.1    projector.down
-    aligner             projector""".strip().split("\n")]  # the released DeepSeek tensors' names -> ours, in this order
+# Chat templates: of the released Qwen2 systems; in DeepSeek's style, for tokenizers that have none.
+QWEN2_PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for m in messages %}"
+                "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+DEEPSEEK_PROMPT = ("{{ bos_token }}{% for m in messages %}{{ 'User: ' if m.role == 'user' else "
+                   "'Assistant: ' }}{{ m.content }}\n\n{% endfor %}"
+                   "{% if add_generation_prompt %}Assistant:{% endif %}")
 
 
 def read_json(*path):
@@ -370,287 +301,223 @@ def build(config):
     """A VLM of random weights.
 
     config  vision_config, text_config (as in Hugging Face's config.json), image_token_id, and optionally
-            projector      "mlp"; "gated" and "hybrid" are those of the released Qwen2 and DeepSeek systems
-            feature_layer  -1: the last one and the post-layernorm; else which of Hugging Face's hidden_states,
-                           without that norm (released Qwen2 systems: -2).  Layers above it are not built
-            drop_first     how many features to leave out at the start (released Qwen2 systems: 1)
-            after_image    words between picture and question (released Qwen2 systems and new models: "\\n")
-            image_size     side S of the pictures, where it is not the vision config's
-            pad_color      see load_image
+        projector      "mlp", or "gated": that of the released Qwen2 systems
+        feature_layer  -1: the last, through the post-layernorm; else which of Hugging Face's hidden_states,
+                       without that norm (released: -2); layers above it are not built
+        drop_first     features left out at the start (released: 1)
+        after_image    words between picture and question (released and new models: "\\n"; tiny/: "")
     """
     config = {"model_type": "math_puma_vlm", "projector": "mlp", "feature_layer": -1, "drop_first": 0,
-              "after_image": "", "image_size": None, "pad_color": None} | config
+              "after_image": ""} | config
     text, layer = config["text_config"], config["feature_layer"]
     config_class, llm_class = LLMS[text.get("model_type", "qwen2")]
     llm = llm_class(config_class(**text))
-    if config["projector"] == "hybrid":
-        vision = HybridVision(config["vision_config"])
-    else:
-        c = SiglipVisionConfig(**config["vision_config"] | {"vision_use_head": False})
-        c.num_hidden_layers = c.num_hidden_layers if layer == -1 else layer % (c.num_hidden_layers + 1)
-        vision = SiglipVisionModel(c)
-        vision.post_layernorm = vision.post_layernorm if layer == -1 else nn.Identity()
-    width = vision.config.hidden_size * (1 + (config["projector"] == "hybrid"))
-    projector = PROJECTORS[config["projector"]](width, llm.config.hidden_size)
-    return VLM(vision, projector, llm, config)
+    c = SiglipVisionConfig(**config["vision_config"] | {"vision_use_head": False})
+    c.num_hidden_layers = c.num_hidden_layers if layer == -1 else layer % (c.num_hidden_layers + 1)
+    vision = SiglipVisionModel(c)
+    vision.post_layernorm = vision.post_layernorm if layer == -1 else nn.Identity()
+    return VLM(vision, PROJECTORS[config["projector"]](c.hidden_size, llm.config.hidden_size), llm, config)
 
 
 def save_vlm(folder, vlm, tokenizer, dtype=None, released=False):
     """Write config, weights (a tied lm_head once) and tokenizer into folder.
 
     dtype     of the written weights; None: as they are, a frozen bfloat16 part stays bfloat16
-    released  in the layout of the released Qwen2 checkpoints, for which the model must have their parts
+    released  in the layout of the released Qwen2 checkpoints; exits when the model has other parts
     """
-    os.makedirs(folder, exist_ok=True)
-    config, llm, rename = vlm.config, vlm.language_model.config, lambda name: name
+    config, llm, prefixes = vlm.config, vlm.language_model.config, {}
     if released:
         if config["projector"] != "gated" or config["feature_layer"] == -1:
-            sys.exit("the released layout has no place for this projector or feature layer: train a model "
-                     "that began with --projector gated, or a released one")
-        rename = lambda name: re.sub("^vision_model", "vision_model.vision_model",
-                                     re.sub("^projector", "aligner", name))  # as transformers 4 has them
-        head = any(name.startswith("vision_model.head") for name in vlm.unused)
+            sys.exit("the released layout has no other parts than those that --projector gated starts with")
+        prefixes = {"projector": "aligner", "vision_model": "vision_model.vision_model"}
         config = {"model_type": "qwen2vlm", "architectures": ["Qwen2vlmForConditionalGeneration"],
                   "image_token_index": vlm.image_token_id, "pad_token_id": tokenizer.pad_token_id,
                   "vision_feature_layer": config["feature_layer"], "projector_hidden_act": "gelu",
                   "vision_feature_select_strategy": "default" if config["drop_first"] else "full",
-                  "vision_config": config["vision_config"] | {"vision_use_head": head},
+                  "vision_config": config["vision_config"] | {  # the pooling head, when it came with one
+                      "vision_use_head": "vision_model.head.probe" in vlm.unused},
                   "text_config": {"rope_theta": llm.rope_parameters["rope_theta"]} | config["text_config"]}
+    os.makedirs(folder, exist_ok=True)
     write_json(config, folder, "config.json")
-    skip = TIED[0] if llm.tie_word_embeddings else None
-    tensors = {rename(name): t.to(dtype or t.dtype).contiguous()
-               for name, t in (vlm.state_dict() | vlm.unused).items() if name != skip}
+    tensors = {}
+    for name, tensor in (vlm.state_dict() | vlm.unused).items():
+        part, rest = name.split(".", 1)
+        tensors[f"{prefixes.get(part, part)}.{rest}"] = tensor.to(dtype or tensor.dtype).contiguous()
+    if llm.tie_word_embeddings:
+        del tensors[TIED[0]]
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
 
-def tensors_in(folder):
-    """{tensor name: file} of model.safetensors, or of the shards that its index names."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    names = ["model.safetensors"]
-    if not os.path.exists(os.path.join(folder, names[0])):
-        if not os.path.exists(index):
-            pickled = [name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth"))]
-            sys.exit(f"{folder} has no model.safetensors" + (
-                f", only {pickled[0]}: pickle is not opened here, it can run code; make safetensors of it "
-                "with from_pretrained and save_pretrained, on a machine that may" if pickled else ""))
+def read_tensors(folder):
+    """All tensors of model.safetensors or its shards, mapped but not read yet, and a hash of the files."""
+    names, index = ["model.safetensors"], os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
         names = sorted(set(read_json(index)["weight_map"].values()))
-    found = {}
+    tensors, digests = {}, ""
     for file in (os.path.join(folder, name) for name in names):
         try:
-            with safe_open(file, "pt") as f:
-                found |= dict.fromkeys(f.keys(), file)
-        except (OSError, SafetensorError) as error:  # absent; cut short or not safetensors
-            sys.exit(f"{file}: {error}: fetch this file again")
-    return found
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:  # absent; cut short; something else under this name
+            pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in os.listdir(folder))
+            sys.exit(f"{file}: {error}; " + (
+                "pickled weights are not opened, they can run code: make safetensors of them elsewhere, with "
+                "from_pretrained and save_pretrained" if pickled else "fetch this file again"))
+        digests += sha256(file)
+    return tensors, hashlib.sha256(digests.encode()).hexdigest()
 
 
-def locate(folder):
-    """A model folder, ours or released, in our terms. -> (config, {name: (file, its name there, change)})
-
-    change turns the tensor in the file into ours: a slice, a reshape, most often nothing.
-    """
-    config, files = read_json(folder, "config.json"), tensors_in(folder)
-    kind, rename, same = config.get("model_type"), lambda name: name, lambda t: t
-    if kind == "qwen2vlm":
-        if config.get("projector_hidden_act", "gelu") != "gelu":
-            sys.exit(f"{folder}: projector_hidden_act is {config['projector_hidden_act']}, not gelu")
-        layer = config.get("vision_feature_layer", -2)
-        config = {"projector": "gated", "drop_first": 1, "after_image": "\n", "prompt": QWEN_PROMPT,
-                  "feature_layer": layer if layer != -1 else config["vision_config"]["num_hidden_layers"],
-                  "image_token_id": config["image_token_index"], "vision_config": config["vision_config"],
-                  "text_config": {"model_type": "llama"} | config["text_config"],  # llama: its default
-                  } | ({"drop_first": 0} if config.get("vision_feature_select_strategy") == "full" else {})
-        rename = lambda name: re.sub(r"^vision_model\.vision_model", "vision_model",
-                                     re.sub("^aligner", "projector", name))
-    elif kind == "multi_modality":
-        high, low = (config["vision_config"]["params"][f"{side}_res_cfg"] for side in ("high", "low"))
-        sam, siglip = ({"image_size": c["image_size"]} | HYBRID[c["model_name"]] for c in (high, low))
-        siglip["num_hidden_layers"] += 1 + low.get("select_layer", -2)
-        config = {"projector": "hybrid", "image_size": high["image_size"], "prompt": DEEPSEEK_PROMPT % DEEPSEEK_SYSTEM,
-                  "pad_color": [122, 116, 104],  # 255 x CLIP's mean, the default of its image processor
-                  "text_config": {"model_type": "llama"} | config["language_config"],
-                  "vision_config": {"high": {"model_type": "sam_vision_model"} | sam,
-                                    "low": {"model_type": "siglip_vision_model", "hidden_act": "gelu",
-                                            "vision_use_head": False} | siglip,
-                                    "pixels": [high.get(k) or [0.5] * 3 for k in ("pixel_mean", "pixel_std")]}}
-        files = {name: file for name, file in files.items()  # in the state dict, in no forward
-                 if not re.search("attn_pool|high_layer_norm|low_layer_norm", name)}
-
-        def rename(name):
-            for old, new in HYBRID_NAMES:
-                name = re.sub(old, new, name)
-            return name
-    elif kind != "math_puma_vlm":
-        sys.exit(f"{folder} holds a {kind} model, not one of ours or of the released ones (qwen2vlm, "
-                 "multi_modality); a language model goes to --llm, a SigLIP tower to --vision")
-    sources = {rename(name): (file, name, same) for name, file in files.items()}
-    for name, (file, key, _) in list(sources.items()):
-        if "self_attn.qkv" in name:  # one product in the released tower, three in transformers'
-            del sources[name]
-            for k, letter in enumerate("qkv"):
-                sources[name.replace("qkv", f"{letter}_proj")] = file, key, lambda t, k=k: t.chunk(3)[k]
-        elif kind == "multi_modality" and "position_embedding" in name:
-            sources[name] = file, key, lambda t: t[0]
-    return config, sources
+def from_released(folder, config, tensors):
+    """Config, tensors and prompt of a released checkpoint in our terms. Exits when it is something else."""
+    if config.get("model_type") != "qwen2vlm" or config.get("projector_hidden_act", "gelu") != "gelu":
+        sys.exit(f"{folder}: a {config.get('model_type')} model, neither ours (math_puma_vlm) nor a released "
+                 "one (qwen2vlm with gelu); a language model goes to --llm, a SigLIP tower to --vision")
+    layer, vision = config.get("vision_feature_layer", -2), config["vision_config"]
+    ours = {"projector": "gated", "after_image": "\n", "image_token_id": config["image_token_index"],
+            "feature_layer": vision["num_hidden_layers"] if layer == -1 else layer, "vision_config": vision,
+            "drop_first": int(config.get("vision_feature_select_strategy") != "full"),
+            "text_config": {"model_type": "llama"} | config["text_config"]}  # its default
+    for old, new in (("aligner.", "projector."), ("vision_model.vision_model.", "vision_model.")):
+        tensors = {new + k.removeprefix(old) if k.startswith(old) else k: t for k, t in tensors.items()}
+    return ours, tensors, QWEN2_PROMPT
 
 
 @torch.no_grad()
-def fill(vlm, sources, new="-"):
-    """Copy every tensor of the model from its file, one at a time: there is no second model in memory.
+def fill(vlm, tensors, folder, new="-"):
+    """Copy tensors, under our names, into the model. Exits when one is missing, left over or misshapen.
 
-    Exits when one is missing, left over or of another shape; those whose names begin with new are left alone.
+    Layers above feature_layer go to vlm.unused.  What is named new... is in no file and left alone.
     """
     own, above = vlm.state_dict(), r"vision_model\.(encoder\.layers\.\d+|post_layernorm|head)\."
-    skip = {name for name in own if name.startswith(new)}
-    skip |= {TIED[0]} if vlm.language_model.config.tie_word_embeddings else set()
-    any_file = next(iter(sources.values()))[0]
-
-    def misfit(name, file, there, here):
-        sys.exit(f"{file}: {name} is {there} in the file, {here} in the model that config.json describes")
-    for name in sorted(own.keys() - sources.keys() - skip):
-        misfit(name, os.path.dirname(any_file), "absent", tuple(own[name].shape))
-    for file in sorted({file for file, _, _ in sources.values()}):
-        with safe_open(file, "pt") as f:
-            for name, (_, key, change) in ((n, s) for n, s in sources.items() if s[0] == file and n not in skip):
-                tensor = change(f.get_tensor(key))
-                if name not in own and re.match(above, name):
-                    vlm.unused[name] = tensor
-                elif name not in own or tensor.shape != own[name].shape:
-                    misfit(name, file, tuple(tensor.shape), tuple(own[name].shape) if name in own else "absent")
-                else:
-                    own[name].copy_(tensor)
+    vlm.unused = {name: t.clone() for name, t in tensors.items() if name not in own and re.match(above, name)}
+    done = vlm.unused.keys() | ({TIED[0]} if vlm.language_model.config.tie_word_embeddings else set())
+    for name in sorted(name for name in (own.keys() | tensors.keys()) - done if not name.startswith(new)):
+        there, here = (tuple(d[name].shape) if name in d else "absent" for d in (tensors, own))
+        if there != here:
+            sys.exit(f"{folder}: {name} is {there} in the file, {here} in the model that "
+                     "config.json describes")
+        own[name].copy_(tensors[name])
 
 
-def place(config, sources, tokenizer, device, trained, frozen, new="-"):
-    """The VLM of locate's results on a device: made without memory, then filled. For trained see load_vlm."""
-    highest = max(tokenizer.get_vocab().values())
+def place(config, tensors, tokenizer, folder, device, trained, frozen, new="-"):
+    """The VLM of a config on a device, made without memory and then filled; see load_vlm and fill."""
+    device, highest = torch.device(device), max(tokenizer.get_vocab().values())
+    frozen = frozen or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with torch.device("meta"):  # random numbers for 7 billion weights would take minutes and be overwritten
         vlm = build(config)
-    rows = vlm.language_model.config.vocab_size
-    if highest >= rows:
-        sys.exit(f"the tokenizer has tokens up to {highest}, the embedding of the language model {rows} rows: "
-                 "they do not belong together")
-    device = torch.device(device)
-    frozen = frozen or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    llm = vlm.language_model
+    if highest >= llm.config.vocab_size:
+        sys.exit(f"{folder}: the tokenizer has tokens up to {highest}, the embedding {llm.config.vocab_size} "
+                 "rows: they are of different models")
     for name, child in vlm.named_children():
         child.to(torch.float32 if name in trained else frozen)
     vlm.to_empty(device=device)
-    llm, known = vlm.language_model, {"inv_freq", "original_inv_freq", "position_ids"}
     if llm.config.tie_word_embeddings:
         llm.lm_head.weight = llm.get_input_embeddings().weight  # to_empty has made two of it
-    fill(vlm, sources, new)
-    llm.model.rotary_emb = type(llm.model.rotary_emb)(llm.config).to(device)  # buffers are in no file
+    fill(vlm, tensors, folder, new)
+    llm.model.rotary_emb = type(llm.model.rotary_emb)(llm.config).to(device)  # buffers that are in no file
     for module in vlm.modules():
-        assert module._non_persistent_buffers_set <= known, "a buffer that nobody fills"
+        assert module._non_persistent_buffers_set <= {"inv_freq", "original_inv_freq", "position_ids"}
         if "position_ids" in module._non_persistent_buffers_set:
             module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
-    digests = map(sha256, sorted({file for file, _, _ in sources.values()}))
-    vlm.source_sha256 = hashlib.sha256("".join(digests).encode()).hexdigest()  # a run notes what it began with
     return vlm
 
 
 def load_tokenizer(folder, prompt=None):
-    """The tokenizer of a model folder with IMAGE_TOKEN, a pad and a chat template (prompt, when given)."""
+    """The tokenizer of a model folder with IMAGE_TOKEN, a pad and a chat template (prompt, if given)."""
     if not os.path.exists(os.path.join(folder, "tokenizer.json")):
-        sys.exit(f"{folder} has no tokenizer.json; AutoTokenizer's save_pretrained writes one")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # not AutoTokenizer: it rebuilds some classes
+        sys.exit(f"{folder} has no tokenizer.json: AutoTokenizer's save_pretrained writes one")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer rebuilds some, by other rules
     if tokenizer.eos_token is None:
-        sys.exit(f"{folder}: its tokenizer has no eos_token; name one in tokenizer_config.json")
+        sys.exit(f"{folder}: the tokenizer has no eos_token: name one in tokenizer_config.json")
     if tokenizer.pad_token is None:  # pad == eos does no harm: labels and masks go by position, not by token
         tokenizer.pad_token = tokenizer.eos_token
-    if prompt is None and not tokenizer.chat_template:
-        print(f"{folder}: no chat template, so prompts are 'User: ...\\n\\nAssistant:'", file=sys.stderr)
-        prompt = DEEPSEEK_PROMPT % ""
-    if prompt:
-        tokenizer.chat_template = prompt
+    tokenizer.chat_template = prompt or tokenizer.chat_template or DEEPSEEK_PROMPT
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
 
 
 def load_vlm(folder, device="cpu", trained=(), frozen=None):
-    """Read a model folder, ours or a released one, or the newest complete checkpoint in it. -> (VLM, tokenizer)
+    """Read a model folder, ours or a released one, or the newest complete checkpoint in it. -> VLM, tokenizer
 
-    trained  which of vision_model, projector and language_model are going to learn: they become float32
+    trained  children of VLM that are going to learn: float32, in bfloat16 small steps would be rounded away
     frozen   dtype of the others; default bfloat16 on a GPU, float32 on a CPU
-    Exits when a tensor is missing, left over or of another shape: nothing stays at a random value.
+    Exits when a tensor is missing, left over or of another shape.
     """
-    folder = resolve(folder)
-    config, sources = locate(folder)
-    tokenizer = load_tokenizer(folder, config.pop("prompt", None))
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if config.setdefault("image_token_id", image) != image:
-        sys.exit(f"{folder}: {IMAGE_TOKEN} is {image} in the tokenizer, {config['image_token_id']} in config.json")
-    return place(config, sources, tokenizer, device, trained, frozen), tokenizer
+    folder, prompt = resolve(folder), None
+    config, (tensors, digest) = read_json(folder, "config.json"), read_tensors(folder)
+    if config.get("model_type") != "math_puma_vlm":
+        config, tensors, prompt = from_released(folder, config, tensors)
+    tokenizer = load_tokenizer(folder, prompt)
+    vlm = place(config, tensors, tokenizer, folder, device, trained, frozen)
+    vlm.source_sha256 = digest  # a run writes down what it started from
+    return vlm, tokenizer
 
 
 def local(name, flag):
-    """The model folder of that name, or of that Hugging Face id, which is downloaded when it looks like one."""
+    """The folder of this name, or a download of the Hugging Face model of this id."""
     if not os.path.isdir(name):
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-            sys.exit(f"{flag} {name}: no such folder")
         try:
-            name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"], etag_timeout=5)
-        except OSError as error:  # all of huggingface_hub's: no network, no such model, no permission
-            sys.exit(f"{flag} {name}: no such folder, and not downloaded either ({type(error).__name__}). Without "
-                     f"a network: `hf download {name} --local-dir DIR` elsewhere, then {flag} DIR")
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+                raise FileNotFoundError(name)
+            name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        except OSError as error:  # huggingface_hub's errors are: no network, no such model, no permission
+            sys.exit(f"{flag} {name}: no such folder, nor was it downloaded ({type(error).__name__}); "
+                     f"without a network: `hf download {name} --local-dir DIR` elsewhere, copy DIR, give {flag} DIR")
     if not os.path.exists(os.path.join(name, "config.json")):
         sys.exit(f"{flag} {name} has no config.json: not a model in Hugging Face's layout")
     return name
 
 
 def join(llm, vision, projector="mlp", device="cpu", trained=(), frozen=None):
-    """A VLM of a causal LM (Qwen2 or Llama), a SigLIP tower and a new projector. -> (VLM, tokenizer)
+    """A VLM of a causal LM, a SigLIP tower (alone or in a SiglipModel) and a new projector. -> VLM, tokenizer
 
-    llm, vision  folders in Hugging Face's layout or ids; a SiglipModel or its vision tower alone
-    projector    "gated" also takes the features as the released Qwen2 systems do
+    llm, vision  folders or Hugging Face ids;  trained, frozen  as in load_vlm
+    projector    "gated" takes the features as the released Qwen2 systems do, from layer -2 without the first
     """
     llm, vision = local(llm, "--llm"), local(vision, "--vision")
     text, sight = read_json(llm, "config.json"), read_json(vision, "config.json")
-    if text.get("model_type") not in LLMS:
-        sys.exit(f"--llm {llm}: a {text.get('model_type')} model; can be used: {', '.join(LLMS)}")
-    if sight.get("model_type") not in ("siglip", "siglip_vision_model"):
-        sys.exit(f"--vision {vision}: a {sight.get('model_type')} model; can be used: siglip, siglip_vision_model")
-    tokenizer, same = load_tokenizer(llm), lambda t: t
-    sources = {f"language_model.{name}": (file, name, same) for name, file in tensors_in(llm).items()
-               if not name.endswith("rotary_emb.inv_freq")}
-    for name, file in tensors_in(vision).items():  # with or without a prefix, with or without a text tower
-        if inner := re.fullmatch(r"(?:vision_model\.)?((?:embeddings|encoder|post_layernorm)\..*)", name):
-            sources[f"vision_model.{inner[1]}"] = file, name, same
-    image, rows = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), text["vocab_size"]
-    if image == rows:  # no padded row is left for it: one more, the mean of the others
+    for flag, c, known in (("--llm", text, LLMS), ("--vision", sight, ("siglip", "siglip_vision_model"))):
+        if c.get("model_type") not in known:
+            sys.exit(f"{flag}: a {c.get('model_type')} model; can be used: {', '.join(known)}")
+    tokenizer = load_tokenizer(llm)
+    (tensors, digest), (seen, digest_2) = read_tensors(llm), read_tensors(vision)
+    tensors = {f"language_model.{name}": t for name, t in tensors.items() if "rotary_emb" not in name}
+    inner = re.compile(r"(?:vision_model\.)?((?:embeddings|encoder|post_layernorm)\..*)")  # prefix or none
+    tensors |= {f"vision_model.{m[1]}": t for name, t in seen.items() if (m := inner.fullmatch(name))}
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if image == text["vocab_size"]:  # no row is left for it: one more, the mean of the others
         text["vocab_size"] += 1
-        for name in sources.keys() & set(TIED):
-            sources[name] = *sources[name][:2], lambda t: torch.cat([t, t.float().mean(0, True).to(t.dtype)])
-    config = {"vision_config": sight.get("vision_config", sight), "text_config": text, "image_token_id": image,
-              "projector": projector, "after_image": "\n"}
+        for name in tensors.keys() & set(TIED):
+            mean = tensors[name].float().mean(0, keepdim=True)
+            tensors[name] = torch.cat([tensors[name], mean.to(tensors[name].dtype)])
+    config = {"vision_config": sight.get("vision_config", sight), "text_config": text,
+              "image_token_id": image, "projector": projector, "after_image": "\n"}
     config |= {"feature_layer": -2, "drop_first": 1} if projector == "gated" else {}
-    vlm = place(config, sources, tokenizer, device, trained, frozen, "projector.")
-    width = next(p.shape[1] for p in vlm.projector.parameters())
-    vlm.projector.load_state_dict(PROJECTORS[projector](width, len(vlm.lm_head[0])).state_dict())
+    vlm = place(config, tensors, tokenizer, f"{llm}, {vision}", device, trained, frozen, "projector.")
+    new = PROJECTORS[projector](vlm.vision_model.config.hidden_size, vlm.language_model.config.hidden_size)
+    vlm.projector.load_state_dict(new.state_dict())  # drawn on the CPU: the same numbers on every device
+    vlm.source_sha256 = digest + digest_2
     return vlm, tokenizer
 
 
 def backbone_flags(add):
-    """The flags by which a stage starts from other backbones; add: a parser's add_argument."""
-    add("--llm", help="Qwen2 or Llama causal LM, a folder or Hugging Face id; with --vision, instead of --init")
-    add("--vision", help="SigLIP model or its vision tower, a folder or Hugging Face id")
-    add("--projector", default="mlp", choices=["mlp", "gated"], help="new one between them (gated: released)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile every layer")
+    """The flags for other backbones than tiny/, the same in every stage. add: a parser's add_argument"""
+    add("--llm", help="instead of --init: Qwen2 or Llama causal LM, a folder or Hugging Face id")
+    add("--vision", help="and with it: SigLIP model or vision tower, a folder or Hugging Face id")
+    add("--projector", default="mlp", choices=["mlp", "gated"], help="new one between them (released: gated)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each layer")
 
 
 def start_vlm(args, device, trained):
-    """The model a stage trains: --init, or --llm and --vision with a new projector. -> (VLM, tokenizer)"""
-    if args.llm:
-        torch.manual_seed(args.seed)  # of the projector
-        vlm, tokenizer = join(args.llm, args.vision, args.projector, device, trained)
-    else:
-        vlm, tokenizer = load_vlm(args.init, device, trained)
-    if args.compile:  # layer by layer: a whole model takes minutes, and in place: no name changes
-        for name, module in vlm.named_modules():
-            if re.search(r"layers\.\d+$", name):
-                module.compile()
+    """What a stage trains: the model of --init, or --llm and --vision joined. -> VLM, tokenizer"""
+    torch.manual_seed(args.seed)  # for a new projector
+    vlm, tokenizer = (join(args.llm, args.vision, args.projector, device, trained) if args.llm else
+                      load_vlm(args.init, device, trained))
+    for name, module in vlm.named_modules():
+        if args.compile and re.search(r"layers\.\d+$", name):
+            module.compile()  # in place: no name changes; by layer: they are alike, one is compiled
     return vlm, tokenizer
 
 
@@ -742,7 +609,7 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
 def load_checkpoint(folder, vlm, optimizer):
     """Put a checkpoint's weights and optimizer state into objects of that shape. -> its trainer_state.json"""
     state = read_json(folder, "trainer_state.json")
-    fill(vlm, locate(folder)[1])
+    fill(vlm, read_tensors(folder)[0], folder)
     parameters = dict(vlm.named_parameters())
     with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as f:
         torch.set_rng_state(f.get_tensor("rng"))
@@ -773,7 +640,8 @@ def start_or_resume(args, vlm, optimizer, run, rank):
             open(metrics, "w").close()
         return 0
     state = load_checkpoint(found, vlm, optimizer)
-    free = ("out", "resume", "log_every", "save_every", "micro_batch", "evaluate", "show", "compile")  # may differ
+    free = ("out", "resume", "log_every", "save_every", "micro_batch", "evaluate", "show",
+            "compile")  # these may differ
     there, here = ({k: v for k, v in r["flags"].items() if k not in free}
                    | {k: r[f"{k}_sha256"] for k in ("init", "data")} for r in (state["run"], run))
     differ = [f"--{k}: {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
@@ -798,7 +666,7 @@ def peak_gigabytes(device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write a model in a layout that others can load.")
+    parser = argparse.ArgumentParser(description="Write a model in a layout that others load.")
     parser.add_argument("model", help="model folder, ours or a released one, or a run folder")
     parser.add_argument("--llm_to", help="folder for its language model alone, for AutoModelForCausalLM")
     parser.add_argument("--released_to", help="folder for the layout of the released Qwen2 checkpoints")

@@ -159,7 +159,7 @@ def test_any_llm_and_tower_join_and_give_the_logits_of_transformers(tmp_path, pi
     assert again.keys() == vlm.projector.state_dict().keys()
 
 
-def test_prompts_of_the_chat_template_and_of_a_tokenizer_without_one(tmp_path, capsys):
+def test_prompts_of_the_chat_template_and_of_a_tokenizer_without_one(tmp_path):
     vision, _ = vision_folder(tmp_path / "v", "flat")
     for kind, want in (("qwen", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
                         "{}\nFind angle A.<|im_end|>\n<|im_start|>assistant\n60. †Answer: 60°<|im_end|>"),
@@ -170,7 +170,6 @@ def test_prompts_of_the_chat_template_and_of_a_tokenizer_without_one(tmp_path, c
         ids = make_batch(vlm, tok, [row()], root=str(tmp_path)).input_ids[0]
         assert tok.decode(ids) == want.format("<|image|>" * P)
         assert ids.tolist().count(tok.convert_tokens_to_ids("<|image|>")) == P
-    assert "no chat template" in capsys.readouterr().err
 
 
 def test_the_image_token_goes_into_a_padded_row_or_the_matrix_grows_by_one(tmp_path, picture):
@@ -362,7 +361,7 @@ def test_the_released_deepseek_layout_gives_the_logits_of_transformers(tmp_path,
         want = whole(input_ids=batch.input_ids, pixel_values=low_pixels, high_res_pixel_values=high_pixels,
                      attention_mask=batch.attention_mask).logits[batch.labels != IGNORE]
         assert torch.allclose(vlm(batch) @ vlm.lm_head.T, want, atol=1e-4) and want.std() > .3
-    assert vlm.image_tokens == 9 and vlm.image_size == 96 and not vlm.unused
+    assert vlm.image_tokens == 9 and vlm.config["image_size"] == 96 and not vlm.unused
     assert tok.decode(batch.input_ids[0]).startswith("<|begin_of_text|>You are a helpful language and vision assistant.")
     assert "natural language.\n\nUser: " + "<|image|>" * 9 + "Find angle A.\n\nAssistant:60" in tok.decode(batch.input_ids[0])
     Image.new("RGB", (96, 48), "white").save(tmp_path / "wide.png")  # the aspect is kept, on a grey square
@@ -468,14 +467,14 @@ def edit_shard(folder, change):
 
 
 @pytest.mark.parametrize("harm,message", [
-    ("missing", r"llm: language_model\.model\.norm\.weight is absent in the file, \(32,\)"),
-    ("shape", r"model-0000\d-of-00002\.safetensors: language_model\.model\.norm\.weight is \(31,\) in the file, \(32,\)"),
+    ("missing", r"llm, .*: language_model\.model\.norm\.weight is absent in the file, \(32,\)"),
+    ("shape", r"llm, .*: language_model\.model\.norm\.weight is \(31,\) in the file, \(32,\)"),
     ("extra", r"language_model\.model\.more is \(2,\) in the file, absent"),
     ("truncated", r"model-00002-of-00002\.safetensors: .*fetch this file again"),
     ("lost", r"model-00001-of-00002\.safetensors: .*fetch this file again"),
-    ("bin", r"has no model\.safetensors, only pytorch_model\.bin: pickle"), ("config", "has no config.json"),
+    ("bin", r"model\.safetensors: .*pickled weights are not opened"), ("config", "has no config.json"),
     ("kind", "a mamba model; can be used: qwen2, llama"), ("vision", "a clip model; can be used: siglip"),
-    ("vocabulary", r"tokens up to 303, the embedding of the language model 300 rows"),
+    ("vocabulary", r"tokens up to 303, the embedding 300 rows"),
     ("tokenizer", "has no tokenizer.json"), ("eos", "has no eos_token")])
 def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, harm, message):
     tok = tokenizer("qwen", eos_token=None) if harm == "eos" else None
@@ -516,7 +515,7 @@ def test_names_that_are_no_folder(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"--llm some/model: .*LocalEntryNotFoundError.*--local-dir DIR` elsewhere"):
         join("some/model", vision)
     llm = llm_folder(tmp_path / "llm")[0]
-    with pytest.raises(SystemExit, match="holds a qwen2 model, not one of ours.*--llm"):
+    with pytest.raises(SystemExit, match="a qwen2 model, neither ours.*--llm"):
         load_vlm(llm)
 
 
