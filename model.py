@@ -20,7 +20,10 @@ import os
 import re
 import resource
 import shutil
+import struct
 import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +32,13 @@ import torch.nn.functional as F
 import torch.distributed as dist
 import torch.nn as nn
 from huggingface_hub import snapshot_download
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel)
+
+import data_gen
 
 IMAGE_TOKEN = "<|image|>"  # the placeholder; the released Qwen checkpoints call it so
 IGNORE = -100  # label of a position that is not trained on; torch's cross_entropy skips this value
@@ -141,66 +146,110 @@ class Batch:
     attention_mask: torch.Tensor  # (B, L) int64, 0 = pad; only generate needs it
     pixel_values: torch.Tensor  # (I, 3, S, S) float32 in [-1, 1], in order of appearance
     labels: torch.Tensor  # (B, L) int64; labels[b, t] is the token position t has to predict: ALREADY shifted
+    lost: torch.Tensor = torch.zeros(2, dtype=torch.int64)  # rows dropped, answers cut: --max_length
 
     def to(self, device):
         return Batch(*(getattr(self, field).to(device) for field in self.__dataclass_fields__))
 
 
+FORMATS = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # not all of Pillow's: for EPS it starts a program
+MAX_PIXELS = 50_000_000  # ours: 200 MB decoded; a file of a few kB can claim far more
+
+
 def load_image(path, size):
     """A picture file as (3, size, size) float32 in [-1, 1]: SigLIP's normalisation, mean = std = .5.
 
-    Resized without keeping the aspect, as in the released code.
+    Resized without keeping the aspect, as in the released code; of an animation the first frame.  Raises
+    ValueError naming the file when it is broken or larger than MAX_PIXELS, which is known before decoding.
     """
-    with Image.open(path) as image:
-        if image.mode == "I;16":  # Pillow clips 16 bits to 8; this keeps the upper ones
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode not in ("L", "RGB"):  # lay transparency on white: convert("RGB") alone turns it black
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
+            image = ImageOps.exif_transpose(image)  # phones store the turn beside the pixels
+            if image.mode.startswith("I"):  # Pillow clips 16 bits to 8; this keeps the upper ones
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode not in ("L", "RGB") or "transparency" in image.info:
+                image = image.convert("RGBA")  # on white: convert("RGB") alone makes transparency black
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            if image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"picture {path} cannot be read: {error}") from None
+
+
+def chat_tokens(tokenizer, row, suffix, images, after_image=""):
+    """One form of a row as (token ids, learn): learn[t] is True where token t is an answer's, <eos> included.
+
+    The prompt is the tokenizer's chat template.  images: the placeholders; they come before the first words.
+    """
+    turns = [({"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"]), turn["value"])
+             for turn in row.get("conversations", ())]  # LLaVA's; every answer in it is learnt
+    turns = turns or [("user", row[f"instruction{suffix}"]), ("assistant", row.get(f"output{suffix}") or "")]
+    mark, ids, learn = "\x00", [], []
+    frame = tokenizer.apply_chat_template([{"role": role, "content": mark} for role, _ in turns[:-1]],
+                                          tokenize=False, add_generation_prompt=True).split(mark)
+    for before, (role, text) in zip(frame, turns, strict=True):
+        answer = role == "assistant"
+        if learn[-1:] == [True]:  # after an answer, whose <eos> is there already
+            before = before.removeprefix(tokenizer.eos_token)
+        given = tokenizer(before, add_special_tokens=False).input_ids
+        if images and role == "user":
+            given, text, images = given + images, after_image + text, []
+        # What a user or a data row says is data: "<|im_end|>" typed there must stay plain text.
+        said = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids += given + said + [tokenizer.eos_token_id] * answer
+        learn += [False] * len(given) + [answer] * (len(said) + answer)
+    return ids, learn
 
 
 def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_length=1024, size=None,
-                   answer=True, after_image=""):
-    """One form of a data row as (input_ids, labels, picture or None).
+                   answer=True, forms=(), after_image=""):
+    """One form of a data row as (input_ids, labels, picture or None); ([], [], None) if it does not fit.
 
     row       dict with image_url, instruction, output, each with suffix "" or "_2"; image_url "" = text only
-    size      picture side S; root: the folder image_url starts from
+    size      picture side S; root: the folder image_url starts from, when the row has no "root"
     answer    False: the prompt only, for generation
     after_image  words between picture and question
-    raises    ValueError when the prompt alone fills max_length; a long answer loses its tail
+    forms     the suffixes of a pair: both must keep the same answer tokens, though one prompt is longer
+    raises    ValueError for a picture that cannot be read, or a prompt for generation above max_length
 
-    The prompt is the tokenizer's chat template.  The picture comes before the words, where a text-only prompt
-    has its conditions.  The P placeholders are put in HERE, before the model, so labels and logits count
-    positions alike.  (The released Qwen code expands them inside forward; its alignment loss then picks other
-    rows, see the README.)
+    A long answer loses its tail.  A prompt without room for one answer token teaches nothing, and one of a
+    million must not end a run in its third hour: the row is dropped, and make_batch counts it.
+
+    The picture comes before the words, where a text-only prompt has its conditions.  The P placeholders are
+    put in HERE, before the model, so labels and logits count positions alike.  (The released Qwen code expands
+    them inside forward; its alignment loss then picks other rows, see the README.)
     """
-    text, picture, mark = row[f"instruction{suffix}"], row[f"image_url{suffix}"], "\x00"
-    before, after = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False,
-                                                  add_generation_prompt=True).split(mark)
-    template = lambda words: tokenizer(words, add_special_tokens=False).input_ids
-    # What a user or a data row says is data: "<|im_end|>" typed there must stay plain text.
-    plain = lambda words: tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
-    images = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * (image_tokens if picture else 0)
-    words = after_image + text if picture else text
-    prompt = template(before) + images + plain(words) + template(after)
-    target = plain(row[f"output{suffix}"]) + [tokenizer.eos_token_id] if answer else []
-    if len(prompt) + bool(target) > max_length:
-        raise ValueError(f"row {row.get('id', '?')}: its prompt has {len(prompt)} tokens, "
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    encoded = {form: chat_tokens(tokenizer, row, form, [image] * (image_tokens if row[f"image_url{form}"] else 0),
+                                 after_image) for form in {suffix, *forms}}
+    (ids, learn), longest = encoded[suffix], max(learn.index(True) for _, learn in encoded.values())
+    prompt, picture = learn.index(True), row[f"image_url{suffix}"]
+    if longest + answer > max_length:
+        if answer:
+            return [], [], None
+        raise ValueError(f"row {row.get('id', '?')}: its prompt has {longest} tokens, "
                          f"--max_length is {max_length}")
     # The shift: position t predicts token t + 1.  So the last prompt position has the first answer token as
     # its label, and the last position, which would predict what follows <eos>, has none.
-    labels = [IGNORE] * (len(prompt) - 1) + target + [IGNORE] if answer else [IGNORE] * len(prompt)
-    pixels = load_image(os.path.join(root, picture), size) if picture else None
-    return (prompt + target)[:max_length], labels[:max_length], pixels
+    labels = [i if answer and known else IGNORE for i, known in zip(ids[1:], learn[1:])] + [IGNORE]
+    end = max_length - (longest - prompt) if answer else prompt
+    try:
+        pixels = load_image(os.path.join(row.get("root", root), picture), size) if picture else None
+    except ValueError as error:
+        raise ValueError(f"row {row.get('id', '?')}: {error}") from None
+    return ids[:end], labels[:end], pixels
 
 
 def collate(examples, pad_id, size, left=False):
-    """Results of encode_example -> Batch, padded on the right for training or on the left for generation."""
-    B, L = len(examples), max(len(ids) for ids, _, _ in examples)
+    """Results of encode_example -> Batch, padded on the right for training or on the left for generation.
+
+    A dropped row stays as a row of padding: shapes hold, and under DDP every process has its backward pass.
+    """
+    B, L = len(examples), max(1, *(len(ids) for ids, _, _ in examples))
     ids, mask, labels = (np.full((B, L), fill) for fill in (pad_id, 0, IGNORE))
     for b, (i, y, _) in enumerate(examples):
         where = slice(L - len(i), L) if left else slice(0, len(i))
@@ -210,45 +259,197 @@ def collate(examples, pad_id, size, left=False):
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask), pixels, torch.from_numpy(labels))
 
 
-def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer=True):
+def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer=True, forms=()):
     """Rows -> Batch, P and S as in the vision config. answer=False: prompts only, padded on the left."""
     size = vlm.vision_model.config.image_size
-    examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root,
-                               max_length=max_length, size=size, answer=answer,
-                               after_image=vlm.config["after_image"]) for row in rows]
-    return collate(examples, tokenizer.pad_token_id, size, left=not answer)
+    try:
+        examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root, size=size,
+                                   max_length=max_length, answer=answer, forms=forms,
+                                   after_image=vlm.config["after_image"]) for row in rows]
+    except ValueError as error:  # it names row and file; a traceback would add nothing
+        sys.exit(str(error))
+    batch = collate(examples, tokenizer.pad_token_id, size, left=not answer)
+    if answer:  # a whole answer ends with <eos>, a token that no text of a row can contain
+        dropped = sum(not ids for ids, _, _ in examples)
+        whole = sum(labels.count(tokenizer.eos_token_id) == max(1, len(row.get("conversations", ())) // 2)
+                    for row, (_, labels, _) in zip(rows, examples))
+        batch.lost = torch.tensor([dropped, len(rows) - dropped - whole])
+    return batch
 
 
-def read_rows(path, fields=("image_url", "instruction", "output")):
-    """A JSONL file as a list of dicts that all have these fields, as strings, and whose pictures exist.
+# ------------------------------------------------------------------------------------------------------------
+# Data files: JSONL or JSON arrays, with the released fields or LLaVA's.  A million rows as Python objects take
+# gigabytes: only the place of each row is kept, 32 bytes, and the row is parsed again when it is asked for.
+# ------------------------------------------------------------------------------------------------------------
+ROW = "image_url", "instruction", "output"
+PAIR = (*ROW, *(f"{field}_2" for field in ROW))  # without suffix: text-rich, strong; _2: vision-rich, weak
+PARSE = json.JSONDecoder(parse_constant=int).decode  # int("NaN") is an error, and so is NaN in JSON
+MAX_ROW = 2 ** 24  # bytes; ours: what is longer is no row, and would fill the memory
+
+
+def places(path):
+    """Where rows lie: yields (line of a .jsonl file or row of a .json array, first byte, end).
+
+    Exits at a row of MAX_ROW or where an array is broken: nobody can tell where the next row starts.
+    """
+    number, end, text, base, at = 0, 0, "", 0, 0
+    with open(path, "rb") as f:  # bytes: text mode would also break lines at U+2028
+        while not path.endswith(".json") and (line := f.readline(MAX_ROW)):
+            number, start, end = number + 1, end, end + len(line)
+            if len(line) == MAX_ROW:
+                sys.exit(f"{path}:{number}: a line of {MAX_ROW} bytes or more; an array is named .json")
+            if line.strip():
+                yield number, start, end
+        # Read as Latin-1 a byte is a character: places in the text are places in the file, and brackets and
+        # quotes are where UTF-8 has them.  A row is parsed here only to find its end.
+        scan, lead = json.JSONDecoder().raw_decode, re.compile(r"(\xef\xbb\xbf)?\s*\[\s*")
+        while len(text) - at < MAX_ROW and (block := f.read(2 ** 16)):
+            text, base, at = text[at:] + block.decode("latin-1"), base + at, 0
+            try:
+                while (m := lead.match(text, at)) and (end := scan(text, m.end())[1]) < len(text):
+                    number, at, lead = number + 1, end, re.compile(r"\s*,\s*")
+                    yield number, base + m.end(), base + end
+            except (ValueError, RecursionError):
+                pass  # the block ends inside a row; if the file is broken there, the last lines say so
+        if path.endswith(".json") and "".join(text[at:].split()).lstrip("\xef\xbb\xbf") != "[]"[number > 0:]:
+            sys.exit(f"{path}:row {number + 1}: no array of JSON objects from byte {base + at} on, or a row too "
+                     "long or too deep; one row a line is named .jsonl")
+
+
+def from_llava(row):
+    """LLaVA's {"image", "conversations": [{"from", "value"}, ...]} with the released fields added.
+
+    The <image> mark at the start or end of the first question is the picture and leaves the text.  Any other
+    is text.
+    """
+    turns, picture, mark = row["conversations"], row.get("image") or "", "<image>"
+    if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        raise ValueError("conversations is not a list of {\"from\": ..., \"value\": text}")
+    speakers = [turn.get("from") for turn in turns]
+    first = int(speakers[:1] == ["system"])
+    if speakers[first:] != ["human", "gpt"] * max(1, len(turns) // 2):
+        raise ValueError(f"conversations must go human, gpt, human, gpt, ..., not {speakers[:5]}")
+    text = turns[first]["value"].strip()
+    if (text.startswith(mark) or text.endswith(mark)) != bool(picture):
+        raise ValueError(f"{'a picture' if picture else mark} but no {mark if picture else 'picture'} "
+                         "at the start or end of the first question")
+    if picture:
+        text = (text.removeprefix(mark) if text.startswith(mark) else text.removesuffix(mark)).strip()
+        turns = [*turns[:first], {"from": "human", "value": text}, *turns[first + 1:]]
+    *given, last = (turn["value"] for turn in turns)
+    return row | {"image_url": picture, "instruction": "\n".join(given), "output": last, "conversations": turns}
+
+
+def checked(row, fields, root, decode):
+    """The row with these fields as strings and its pictures in place (decode: and readable). ValueError if not."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if ("image" in row) > ("conversations" in row):
+        raise ValueError("field 'image' is LLaVA's and goes with 'conversations'; here it is 'image_url'")
+    row = from_llava(row) if "conversations" in row else row
+    for field in fields:
+        if field.startswith("image_url") and row.get(field) is None:
+            row[field] = ""
+        if not isinstance(row.get(field), str):
+            raise ValueError(f"field {field!r} is missing or not a string")
+        row[field].encode()  # "\\ud800", half a character, passes as JSON and stops a tokenizer
+        if field.startswith("output") and not row[field].strip():
+            raise ValueError(f"field {field!r} is empty: nothing to learn")
+        if field.startswith("image_url") and row[field]:
+            path = os.path.realpath(os.path.join(root, row[field]))
+            if not path.startswith(os.path.join(root, "")) or not os.path.isfile(path):  # "..", a link, a URL
+                raise ValueError(f"row {row.get('id', '?')}: picture {row[field]} is no file inside {root}, "
+                                 "the image root")
+            if decode:
+                load_image(path, 1)
+    if "output_2" in fields and row["output"] != row["output_2"]:
+        raise ValueError(f"the answers of a pair differ: {row['output']!r} and {row['output_2']!r}")
+    return row
+
+
+class Rows(Sequence):
+    """Rows of files as a list of dicts that stays on disk: len(rows), rows[i], slices, iteration.
+
+    A row is what `checked` returns, with "root", the folder its pictures start from, and an "id".
+    """
+
+    def __init__(self, files, fields, image_root, decode):
+        self.files, self.fields, self.decode, self.bad = files, fields, decode, 0
+        self.roots = [os.path.realpath(image_root or os.path.dirname(path)) for path in files]
+        self.open, self.index = [open(path, "rb") for path in files], np.zeros((0, 4), np.int64)
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        place = self.index[i].tolist()
+        return [self.row(*one) for one in place] if isinstance(i, slice) else self.row(*place)
+
+    def row(self, k, number, start, end):
+        """The row at this place of file k. ValueError: file:line and what is wrong."""
+        path = self.files[k]
+        where = f"{path}:{'row ' * path.endswith('.json')}{number}"
+        self.open[k].seek(start)
+        try:
+            row = PARSE(self.open[k].read(end - start).decode("utf-8-sig"))
+            row = checked(row, self.fields, self.roots[k], self.decode)
+            return row | {"root": self.roots[k], "id": where if row.get("id") is None else row["id"]}
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deep") from None
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise ValueError(f"{where}: {error}") from None
+
+    def sha256(self):
+        """Hash of what is trained on: the file's own; with several files or bad rows also of the rows used."""
+        parts = [sha256(path) for path in self.files]
+        return parts[0] if len(parts) == 1 and not self.bad else hashlib.sha256(
+            " ".join(parts).encode() + self.index.tobytes()).hexdigest()
+
+
+def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=False):
+    """Rows of one or several files in the order given; each is parsed and checked once, now.
 
     Exits with file:line and what is wrong at the first row that cannot be used: a silent skip would change
-    the data.  Asked for output_2 as well, it also refuses a pair with two different answers.
+    the data.  Up to max_bad such rows are left out, each with a line that says so (unless quiet).  With check
+    all are listed, with the pictures that cannot be decoded, and it exits: 1 if there are any, else 0.
     """
-    if not os.path.exists(path):
-        sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data folder")
-    rows, root = [], os.path.dirname(path)
-    with open(path, "rb") as f:  # bytes: text mode would also break lines at U+2028
-        for number, line in enumerate(f, 1):
+    files = [files] if isinstance(files, str) else files
+    for path in files:
+        if not os.path.isfile(path):
+            sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data")
+    rows, index, say = Rows(files, fields, image_root, check), array("q"), (lambda *_: None) if quiet else print
+    for k, path in enumerate(files):
+        for place in places(path):
             try:
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise ValueError("not a JSON object")
-                for field in fields:
-                    if not isinstance(row.get(field), str):
-                        raise ValueError(f"field {field!r} is missing or not a string")
-                    picture = os.path.join(root, row[field])
-                    if field.startswith("image_url") and row[field] and not os.path.isfile(picture):
-                        raise ValueError(f"row {row.get('id', '?')}: picture {picture} does not exist")
-                if "output_2" in fields and row["output"] != row["output_2"]:
-                    raise ValueError(f"the answers of a pair differ: {row['output']!r} and "
-                                     f"{row['output_2']!r}")
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                sys.exit(f"{path}:{number}: {error}")
-            rows.append({"id": f"{path}:{number}"} | row)
-    if not rows:
-        sys.exit(f"{path} has no rows")
+                rows.row(k, *place)
+                index.extend((k, *place))
+            except ValueError as error:
+                rows.bad += 1
+                if rows.bad > max_bad and not check:
+                    sys.exit(f"{error} (--check_data lists all bad rows, --max_bad N leaves out up to N)")
+                say(error if check else f"left out: {error}")
+    rows.index = np.frombuffer(index, np.int64).reshape(-1, 4)
+    if check or rows.bad:
+        say(f"{len(rows):,} rows are good, {rows.bad:,} are bad: {', '.join(files)}")
+    if check or not rows:
+        sys.exit(int(rows.bad > 0) if check and rows else f"{', '.join(files)}: no rows")
     return rows
+
+
+def open_data(args, rank, name, fields=ROW):
+    """Rows of --data, which names files, or data_gen.py's folder, made when missing. -> (rows, folder or None)"""
+    files = [path for path in args.data if path.endswith((".json", ".jsonl"))]
+    if files != args.data and (files or len(args.data) > 1):
+        sys.exit(f"--data {' '.join(args.data)}: give one folder of data_gen.py, or .json and .jsonl files")
+    folder = None if files else args.data[0]
+    if rank == 0 and folder and not os.path.exists(os.path.join(folder, "manifest.json")):
+        print(f"{folder}/ is missing: running data_gen.py first, about 15 seconds", flush=True)
+        data_gen.main(["--out", folder])
+    if dist.is_initialized():
+        dist.barrier()  # one process makes it, the others wait
+    files = files or [os.path.join(folder, name)]
+    return read_rows(files, fields, args.image_root, args.max_bad, args.check_data, quiet=rank > 0), folder
 
 
 @torch.no_grad()
@@ -641,7 +842,7 @@ def start_or_resume(args, vlm, optimizer, run, rank):
         return 0
     state = load_checkpoint(found, vlm, optimizer)
     free = ("out", "resume", "log_every", "save_every", "micro_batch", "evaluate", "show",
-            "compile")  # these may differ
+            "image_root", "check_data", "max_bad", "compile")  # these may differ
     there, here = ({k: v for k, v in r["flags"].items() if k not in free}
                    | {k: r[f"{k}_sha256"] for k in ("init", "data")} for r in (state["run"], run))
     differ = [f"--{k}: {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]

@@ -35,9 +35,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data_gen
-from model import (IGNORE, backbone_flags, caption_loss, make_batch, peak_gigabytes, read_rows,
-                   save_checkpoint, sha256, start_or_resume, start_vlm)
+from model import (IGNORE, backbone_flags, caption_loss, make_batch, open_data, peak_gigabytes,
+                   save_checkpoint, start_or_resume, start_vlm)
 
 TRAINABLE = ("language_model",)  # children of VLM that learn in this stage; all others are frozen
 
@@ -47,11 +46,14 @@ def make_parser():
     add = parser.add_argument
     add("--init", default="tiny", help="model folder to start from")
     backbone_flags(add)
-    add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
+    add("--data", nargs="+", default=["data"], help="data_gen.py's folder (made if missing) or files")
+    add("--image_root", help="folder that pictures are in (default: the folder of each file)")
+    add("--check_data", action="store_true", help="list all rows that cannot be used and stop")
+    add("--max_bad", type=int, default=0, help="leave out up to so many rows that cannot be used")
     add("--out", default="out/stage1", help="run folder for checkpoints and metrics")
     add("--steps", type=int, default=125, help="optimizer steps (ours: one pass over the default data)")
     add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 512)")
-    add("--micro_batch", type=int, default=16, help="rows a forward pass at most: memory and padding, not the result")
+    add("--micro_batch", type=int, default=16, help="rows a forward pass at most; not the result")
     add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 1e-5; tiny/ needs more)")
     add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
@@ -97,14 +99,6 @@ def total(*values, device):
     if dist.is_initialized():
         dist.all_reduce(t)
     return t.tolist()
-
-def prepare_data(args, rank):
-    """Make the data set when there is none. One process does it, the others wait."""
-    if rank == 0 and not os.path.exists(os.path.join(args.data, "manifest.json")):
-        print(f"{args.data}/ is missing: running data_gen.py first, about 15 seconds", flush=True)
-        data_gen.main(["--out", args.data])
-    if dist.is_initialized():
-        dist.barrier()
 # <<<
 
 # >>> identical in stage1/2/3: schedule and order
@@ -143,8 +137,12 @@ def make_optimizer(vlm, args):
               {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))  # betas: reported
 
-def write_log(args, line, numbers):
-    """One fixed sentence for the reader, the same numbers for a plot."""
+def write_log(args, line, numbers, lost):
+    """One fixed sentence for the reader, the same numbers for a plot. lost: (rows, answers) since the last."""
+    if any(lost):  # to --max_length: counted, never silent
+        line += f" | too long: {lost[0]} rows dropped, {lost[1]} answers cut"
+    numbers |= {"dropped": int(lost[0]), "cut": int(lost[1])}
+    lost[:] = 0
     tqdm.write(line)  # not print: it would tear the progress bar
     with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(numbers) + "\n")
@@ -153,11 +151,9 @@ def write_log(args, line, numbers):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
-    prepare_data(args, rank)
     if args.batch < world:
         sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row: raise it")
-    data = os.path.join(args.data, "stage1.jsonl")
-    rows = read_rows(data)
+    rows, folder = open_data(args, rank, "stage1.jsonl")
     vlm, tokenizer = start_vlm(args, device, TRAINABLE)
     # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for ever; and
     # before the optimizer, which would decay even a weight that never gets a gradient.
@@ -169,28 +165,29 @@ def main(argv=None):
     optimizer = make_optimizer(vlm, args)
     # A run explains itself: flags, parent, data and the text of this very script go into every checkpoint.
     with open(__file__, encoding="utf-8") as f:
-        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data),
+        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": rows.sha256(),
                "script": f.read()}
     start = start_or_resume(args, vlm, optimizer, run, rank)
     # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged while
     # backward runs.  vlm stays the bare module: whatever is not trained through is asked of it.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
-    begun, tokens = time.time(), 0
-    reading = caption_loss(vlm, tokenizer, args.data, device) if rank == 0 else None
+    begun, tokens, lost = time.time(), 0, np.zeros(2, int)
+    reading = caption_loss(vlm, tokenizer, folder, device) if rank == 0 and folder else None
 
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         parts = rows_of_step(step, rows, args, rank, world)
-        batches = [make_batch(vlm, tokenizer, part, "", args.data, args.max_length).to(device)
+        batches = [make_batch(vlm, tokenizer, part, max_length=args.max_length).to(device)
                    for part in parts]
         # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted
         # first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short
         # answers more.
-        n_tokens, n_seen = total(sum(int((b.labels != IGNORE).sum()) for b in batches),
-                                 sum(int(b.attention_mask.sum()) for b in batches), device=device)
+        n_tokens, n_seen, *n_lost = total(sum(int((b.labels != IGNORE).sum()) for b in batches),
+                                          sum(int(b.attention_mask.sum()) for b in batches),
+                                          *sum(b.lost for b in batches).tolist(), device=device)
         loss_here = 0.0
 
         # ================================= the method: one step of stage 1 ==================================
@@ -220,20 +217,21 @@ def main(argv=None):
                      f"a lower --lr may help; rows here: {[row['id'] for part in parts for row in part]}")
         optimizer.step()
         optimizer.zero_grad()
-        done, tokens = step + 1, tokens + n_seen
+        done, tokens, lost = step + 1, tokens + n_seen, lost + np.array(n_lost, int)
         if rank == 0 and (done % args.log_every == 0 or done == args.steps):
             lr, speed = optimizer.param_groups[0]["lr"], tokens / (time.time() - begun)
             gb = peak_gigabytes(device)
             line = f"step {done}/{args.steps} | loss {loss_all:.4f}"
             write_log(args, f"{line} | gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
-                      {"step": done, "loss": loss_all, "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb})
+                      {"step": done, "loss": loss_all, "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb},
+                      lost)
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, {"run": run})
     if rank == 0:
         if args.steps == 0:  # nothing to train, but whoever asked wants a model there
             save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, {"run": run})
         if reading is not None:  # a model that only ever gets text may unlearn to look: watch this number
-            now = caption_loss(vlm, tokenizer, args.data, device)
+            now = caption_loss(vlm, tokenizer, folder, device)
             print(f"caption loss: {reading:.3f} before, {now:.3f} after, nats a token")
         print(f"stage 1 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
 

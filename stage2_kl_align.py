@@ -33,10 +33,11 @@ from tqdm import tqdm
 import data_gen
 import eval as evaluation
 import stage1_text_sft
-from model import (IGNORE, backbone_flags, finished, make_batch, peak_gigabytes, read_rows, save_checkpoint,
-                   sha256, start_or_resume, start_vlm)
+from model import (IGNORE, PAIR, backbone_flags, finished, make_batch, open_data, peak_gigabytes,
+                   save_checkpoint, start_or_resume, start_vlm)
 
 TRAINABLE = ("vision_model", "projector")  # the language model is frozen and must come out bit-identical
+SIDES = "", "_2"  # of a pair: strong = teacher, weak = student
 
 def make_parser():
     """script = default of the released training script, reported = the paper's value, quoted from memory."""
@@ -44,7 +45,10 @@ def make_parser():
     add = parser.add_argument
     add("--init", default="out/stage1", help="model folder to start from; out/stage1 is made when missing")
     backbone_flags(add)
-    add("--data", default="data", help="folder of data_gen.py; made with its defaults when missing")
+    add("--data", nargs="+", default=["data"], help="data_gen.py's folder (made if missing) or files")
+    add("--image_root", help="folder that pictures are in (default: the folder of each file)")
+    add("--check_data", action="store_true", help="list all rows that cannot be used and stop")
+    add("--max_bad", type=int, default=0, help="leave out up to so many rows that cannot be used")
     add("--out", default="out/stage2", help="run folder for checkpoints and metrics")
     add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: the text, or one level up")
     add("--alpha", type=float, default=0.5, help="share of KL(teacher || student) (reported .2, script .5)")
@@ -54,7 +58,7 @@ def make_parser():
     add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: triton on CUDA")
     add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass over the default data)")
     add("--batch", type=int, default=32, help="pairs a step, all processes together (reported: 64)")
-    add("--micro_batch", type=int, default=16, help="pairs a forward pass at most: memory and padding, not the result")
+    add("--micro_batch", type=int, default=16, help="pairs a forward pass at most; not the result")
     add("--lr", type=float, default=1e-3, help="peak learning rate (reported: 5e-5; tiny/ needs more)")
     add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
@@ -102,14 +106,6 @@ def total(*values, device):
     if dist.is_initialized():
         dist.all_reduce(t)
     return t.tolist()
-
-def prepare_data(args, rank):
-    """Make the data set when there is none. One process does it, the others wait."""
-    if rank == 0 and not os.path.exists(os.path.join(args.data, "manifest.json")):
-        print(f"{args.data}/ is missing: running data_gen.py first, about 15 seconds", flush=True)
-        data_gen.main(["--out", args.data])
-    if dist.is_initialized():
-        dist.barrier()
 # <<<
 
 # >>> identical in stage1/2/3: schedule and order
@@ -148,8 +144,12 @@ def make_optimizer(vlm, args):
               {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))  # betas: reported
 
-def write_log(args, line, numbers):
-    """One fixed sentence for the reader, the same numbers for a plot."""
+def write_log(args, line, numbers, lost):
+    """One fixed sentence for the reader, the same numbers for a plot. lost: (rows, answers) since the last."""
+    if any(lost):  # to --max_length: counted, never silent
+        line += f" | too long: {lost[0]} rows dropped, {lost[1]} answers cut"
+    numbers |= {"dropped": int(lost[0]), "cut": int(lost[1])}
+    lost[:] = 0
     tqdm.write(line)  # not print: it would tear the progress bar
     with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(numbers) + "\n")
@@ -433,8 +433,8 @@ def pair_of_rows(vlm, model, strong, weak):
 @torch.no_grad()
 def show_pair(args, vlm, tokenizer, row, device):
     """One pair as a table over its answer tokens. The last line is what training would log for it."""
-    strong, weak = (make_batch(vlm, tokenizer, [row], suffix, args.data, args.max_length).to(device)
-                    for suffix in ("", "_2"))
+    strong, weak = (make_batch(vlm, tokenizer, [row], suffix, max_length=args.max_length, forms=SIDES)
+                    .to(device) for suffix in SIDES)
     ht, hs, labels = pair_of_rows(vlm, vlm, strong, weak)
     loss_of = functools.partial(kl_align_loss, weight=vlm.lm_head, alpha=args.alpha, lam=args.lam,
                                 tau=args.tau, standardize=args.standardize, kernel=args.kernel)
@@ -457,21 +457,19 @@ def show_pair(args, vlm, tokenizer, row, device):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
-    prepare_data(args, rank)
     if args.batch < world:
         sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row: raise it")
+    rows, folder = open_data(args, rank, f"stage2_{args.pairs}.jsonl", PAIR)
     if args.init == "out/stage1" and not finished(args.init):
         if rank == 0:
             print(f"{args.init} is missing or unfinished: stage 1 first, a minute on 2 CPU cores", flush=True)
-        stage1_text_sft.main(["--data", args.data, "--out", args.init])
+        stage1_text_sft.main(["--data", folder or "data", "--out", args.init])
         if world > 1:
             dist.barrier()  # rank 0 may still be writing
-    data = os.path.join(args.data, f"stage2_{args.pairs}.jsonl")
-    rows = read_rows(data, [f + side for f in ("image_url", "instruction", "output") for side in ("", "_2")])
     vlm, tokenizer = start_vlm(args, device, TRAINABLE)
     if args.show is not None:
         if not 0 <= args.show < len(rows):
-            sys.exit(f"--show {args.show}: {data} has pairs 0 to {len(rows) - 1}")
+            sys.exit(f"--show {args.show}: there are pairs 0 to {len(rows) - 1}")
         return show_pair(args, vlm, tokenizer, rows[args.show], device)
     for name, child in vlm.named_children():  # before DDP, which looks once at what needs a gradient
         child.requires_grad_(name in TRAINABLE)
@@ -480,25 +478,26 @@ def main(argv=None):
             print(f"{name}: {size:,} parameters, {'trained' if name in TRAINABLE else 'frozen'}")
     optimizer = make_optimizer(vlm, args)
     with open(__file__, encoding="utf-8") as f:  # a run explains itself: all this goes into every checkpoint
-        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": sha256(data),
+        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": rows.sha256(),
                "script": f.read()}
     start = start_or_resume(args, vlm, optimizer, run, rank)
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
-    begun, tokens = time.time(), 0
+    begun, tokens, lost = time.time(), 0, np.zeros(2, int)
     before = {k: torch.hash_tensor(v) for k, v in vlm.language_model.state_dict().items()}
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         parts = rows_of_step(step, rows, args, rank, world, "_2")
-        strong, weak = ([make_batch(vlm, tokenizer, part, suffix, args.data, args.max_length).to(device)
-                         for part in parts] for suffix in ("", "_2"))
+        strong, weak = ([make_batch(vlm, tokenizer, part, suffix, max_length=args.max_length, forms=SIDES).to(device)
+                         for part in parts] for suffix in SIDES)
         # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted
         # first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short
         # answers more.
-        n_tokens, n_seen = total(sum(int((b.labels != IGNORE).sum()) for b in weak),
-                                 sum(int(b.attention_mask.sum()) for b in strong + weak), device=device)
+        n_tokens, n_seen, *n_lost = total(sum(int((b.labels != IGNORE).sum()) for b in weak),
+                                          sum(int(b.attention_mask.sum()) for b in strong + weak),
+                                          *sum(b.lost for b in weak).tolist(), device=device)
         here, logging = np.zeros(5), (step + 1) % args.log_every == 0 or step + 1 == args.steps
         # ================================= the method: one step of stage 2 ==================================
         for k, pair in enumerate(zip(strong, weak)):
@@ -521,14 +520,14 @@ def main(argv=None):
                      f"a lower --lr may help; rows here: {[row['id'] for part in parts for row in part]}")
         optimizer.step()
         optimizer.zero_grad()
-        done, tokens = step + 1, tokens + n_seen
+        done, tokens, lost = step + 1, tokens + n_seen, lost + np.array(n_lost, int)
         if rank == 0 and logging:
             lr, speed, gb = group["lr"], tokens / (time.time() - begun), peak_gigabytes(device)
             parts = f"kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f}"
             write_log(args, f"step {done}/{args.steps} | loss {loss_all:.4f} ({parts}) | agree {agree:.1%} | "
                       f"gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
                       dict(step=done, loss=loss_all, kl_ts=kl_ts, kl_st=kl_st, ce=ce, agree=agree, gnorm=norm,
-                           lr=lr, tok_s=speed, gb=gb))
+                           lr=lr, tok_s=speed, gb=gb), lost)
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, {"run": run})
     if rank == 0:
@@ -537,8 +536,8 @@ def main(argv=None):
         after = vlm.language_model.state_dict()
         assert all(torch.hash_tensor(after[k]) == v for k, v in before.items()), "the frozen LLM has changed"
         print(f"stage 2 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
-        if args.evaluate:
-            evaluation.main([*filter(None, [args.init]), args.out, "--data", args.data])
+        if args.evaluate and folder:  # the table is of data_gen.py's test problems
+            evaluation.main([*filter(None, [args.init]), args.out, "--data", folder])
 
 if __name__ == "__main__":
     main()
