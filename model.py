@@ -132,6 +132,8 @@ class VLM(nn.Module):
         Raises ValueError when the number of placeholders is not I * P.
         """
         x = self.language_model.get_input_embeddings()(input_ids)  # (B, L, H)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # and so the sums between layers, as if the weights were: the KL needs the digits
         here, images = input_ids == self.image_token_id, len(pixel_values)  # (B, L)
         if int(here.sum()) != images * self.image_tokens:
             raise ValueError(f"{int(here.sum())} image placeholders in the tokens, but {images} pictures of "
@@ -144,7 +146,7 @@ class VLM(nn.Module):
             # every trainable parameter.  So a blank picture goes through, and none of its features is used.
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         seen = self.vision_model(pixel_values=pixel_values).last_hidden_state[:, self.config["drop_first"]:]
-        features = self.projector(seen)  # (I, P, W) -> (I, P, H)
+        features = self.projector(seen)  # (I, P, H)
         return x.masked_scatter(here[..., None], features[:images].to(x.dtype))  # row-major = as they appear
 
     def forward(self, batch):
