@@ -25,6 +25,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,8 +36,9 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel)
+from transformers import (DeepseekVLHybridConfig, DeepseekVLHybridModel, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig,
+                          SiglipVisionModel)
 
 import data_gen
 
@@ -70,6 +72,40 @@ class GatedProjector(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class HybridVision(nn.Module):
+    """DeepSeek-VL's two encoders, SAM on the picture, SigLIP on a smaller one, in transformers' classes."""
+
+    def __init__(self, config):  # {"low": SigLIP's, "high": SAM's, "pixels": (mean, std) for SAM}
+        super().__init__()
+        self.both = DeepseekVLHybridModel(DeepseekVLHybridConfig(
+            vision_config={"model_type": "siglip_vision_model", "vision_use_head": False} | config["low"],
+            high_res_vision_config={"model_type": "sam_vision_model"} | config["high"],
+            text_config={"model_type": "llama", "hidden_size": 2, "num_attention_heads": 1,
+                         "num_hidden_layers": 0}))
+        del self.both.aligner, self.both.language_model
+        self.config, self.pixels = self.both.config.vision_config, config["pixels"]
+
+    def forward(self, pixel_values):  # (I, 3, S, S) -> last_hidden_state (I, P, 2 W), first SAM's half
+        mean, std = (pixel_values.new_tensor(x)[:, None, None] for x in self.pixels)
+        low = F.interpolate(pixel_values, self.config.image_size, mode="bilinear", antialias=True)
+        seen = (self.both.get_high_res_image_features((pixel_values / 2 + 0.5 - mean) / std),
+                self.both.get_low_res_image_features(low))
+        return SimpleNamespace(last_hidden_state=torch.cat([half.last_hidden_state for half in seen], -1))
+
+
+class HybridProjector(nn.Module):
+    """The released DeepSeek system's: half of the hidden width for each encoder."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.high_up_proj, self.low_up_proj = (nn.Linear(width, hidden // 2) for _ in range(2))
+        self.down = nn.Linear(hidden, hidden)
+
+    def forward(self, x):  # (I, P, 2 W) -> (I, P, H)
+        high, low = x.chunk(2, -1)
+        return self.down(F.gelu(torch.cat([self.high_up_proj(high), self.low_up_proj(low)], -1)))
+
+
 class VLM(nn.Module):
     """Vision encoder, projector and language model.
 
@@ -101,6 +137,8 @@ class VLM(nn.Module):
         Raises ValueError when the number of placeholders is not I * P.
         """
         x = self.language_model.get_input_embeddings()(input_ids)  # (B, L, H)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # and so the sums between layers, as if the weights were: the KL needs the digits
         here, images = input_ids == self.image_token_id, len(pixel_values)  # (B, L)
         if int(here.sum()) != images * self.image_tokens:
             raise ValueError(f"{int(here.sum())} image placeholders in the tokens, but {images} pictures of "
@@ -113,7 +151,7 @@ class VLM(nn.Module):
             # every trainable parameter.  So a blank picture goes through, and none of its features is used.
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         seen = self.vision_model(pixel_values=pixel_values).last_hidden_state[:, self.config["drop_first"]:]
-        features = self.projector(seen)  # (I, P, W) -> (I, P, H)
+        features = self.projector(seen)  # (I, P, H)
         return x.masked_scatter(here[..., None], features[:images].to(x.dtype))  # row-major = as they appear
 
     def forward(self, batch):
@@ -156,10 +194,11 @@ FORMATS = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # not all of Pillow's: fo
 MAX_PIXELS = 50_000_000  # ours: 200 MB decoded; a file of a few kB can claim far more
 
 
-def load_image(path, size):
+def load_image(path, size, pad_color=None):
     """A picture file as (3, size, size) float32 in [-1, 1]: SigLIP's normalisation, mean = std = .5.
 
-    Resized without keeping the aspect, as in the released code; of an animation the first frame.  Raises
+    Resized without keeping the aspect, as in the released Qwen2 code; with a pad_color (R, G, B) keeping it,
+    on a square of that color, as in the released DeepSeek code.  Of an animation the first frame.  Raises
     ValueError naming the file when it is broken or larger than MAX_PIXELS, which is known before decoding.
     """
     try:
@@ -173,6 +212,8 @@ def load_image(path, size):
                 image = image.convert("RGBA")  # on white: convert("RGB") alone makes transparency black
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
+            if pad_color:
+                image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, tuple(pad_color))
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
@@ -206,13 +247,13 @@ def chat_tokens(tokenizer, row, suffix, images, after_image=""):
 
 
 def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_length=1024, size=None,
-                   answer=True, forms=(), after_image=""):
+                   answer=True, forms=(), after_image="", pad_color=None):
     """One form of a data row as (input_ids, labels, picture or None); ([], [], None) if it does not fit.
 
     row       dict with image_url, instruction, output, each with suffix "" or "_2"; image_url "" = text only
     size      picture side S; root: the folder image_url starts from, when the row has no "root"
     answer    False: the prompt only, for generation
-    after_image  words between picture and question
+    after_image, pad_color  see build
     forms     the suffixes of a pair: both must keep the same answer tokens, though one prompt is longer
     raises    ValueError for a picture that cannot be read, or a prompt for generation above max_length
 
@@ -238,7 +279,7 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
     labels = [i if answer and known else IGNORE for i, known in zip(ids[1:], learn[1:])] + [IGNORE]
     end = max_length - (longest - prompt) if answer else prompt
     try:
-        pixels = load_image(os.path.join(row.get("root", root), picture), size) if picture else None
+        pixels = load_image(os.path.join(row.get("root", root), picture), size, pad_color) if picture else None
     except ValueError as error:
         raise ValueError(f"row {row.get('id', '?')}: {error}") from None
     return ids[:end], labels[:end], pixels
@@ -261,11 +302,11 @@ def collate(examples, pad_id, size, left=False):
 
 def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer=True, forms=()):
     """Rows -> Batch, P and S as in the vision config. answer=False: prompts only, padded on the left."""
-    size = vlm.vision_model.config.image_size
+    size = vlm.config["image_size"] or vlm.vision_model.config.image_size
     try:
         examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root, size=size,
                                    max_length=max_length, answer=answer, forms=forms,
-                                   after_image=vlm.config["after_image"]) for row in rows]
+                                   after_image=vlm.config["after_image"], pad_color=vlm.config["pad_color"]) for row in rows]
     except ValueError as error:  # it names row and file; a traceback would add nothing
         sys.exit(str(error))
     batch = collate(examples, tokenizer.pad_token_id, size, left=not answer)
@@ -477,15 +518,44 @@ def caption_loss(vlm, tokenizer, folder, device):
 # models and vision towers of others.  No pickle: loading one runs code.  No weight stays random by accident.
 # ------------------------------------------------------------------------------------------------------------
 LLMS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-PROJECTORS = {"mlp": Projector, "gated": GatedProjector}
+PROJECTORS = {"mlp": Projector, "gated": GatedProjector, "hybrid": HybridProjector}
 TIED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"  # one matrix, two names
-# Chat templates: of the released Qwen2 systems; in DeepSeek's style, for tokenizers that have none.
+# Chat templates: of the released Qwen2 systems; in DeepSeek's style, also for tokenizers that have none.
 QWEN2_PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for m in messages %}"
                 "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-DEEPSEEK_PROMPT = ("{{ bos_token }}{% for m in messages %}{{ 'User: ' if m.role == 'user' else "
+DEEPSEEK_PROMPT = ("{{ bos_token }}SYSTEM{% for m in messages %}{{ 'User: ' if m.role == 'user' else "
                    "'Assistant: ' }}{{ m.content }}\n\n{% endfor %}"
                    "{% if add_generation_prompt %}Assistant:{% endif %}")
+DEEPSEEK_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual "
+                   "content that the user provides, and assist the user with a variety of tasks using "
+                   "natural language.\n\n")
+HYBRID = {  # what the released DeepSeek config only names; and its tensors' names -> ours, in this order
+    "sam_b_downsample": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "siglip_large_patch16_384": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                                 "num_attention_heads": 16, "patch_size": 16}}
+HYBRID_NAMES = [line.split() for line in r"""(high|low)\.vision_tower  \1
+    tower_high.hd_alpha_downsamples    tower_high.alpha
+    vision_tower_high.(neck_hd|alpha)  both.high_res_vision_\1
+    vision_neck_hd                     vision_neck
+    vision_tower_high.downsamples.0    both.high_res_vision_proj.conv1
+    vision_tower_high.downsamples.1    both.high_res_vision_proj.conv2
+    vision_tower_high                  both.high_res_vision_model.vision_encoder
+    vision_tower_low.pos_embed         both.vision_model.embeddings.position_embedding.weight
+    vision_tower_low.patch_embed.proj  both.vision_model.embeddings.patch_embedding
+    vision_tower_low.norm              both.vision_model.post_layernorm
+    tower_low.blocks.(\d+).attn        tower_low.blocks.\1.self_attn
+    vision_tower_low.blocks            both.vision_model.encoder.layers
+    self_attn.proj  self_attn.out_proj
+    patch_embed.proj  patch_embed.projection
+    blocks  layers
+    neck.0  neck.conv1
+    neck.1  neck.layer_norm1
+    neck.2  neck.conv2
+    neck.3  neck.layer_norm2
+    \.norm(\d)  .layer_norm\1
+    aligner.layers.1  aligner.down
+    aligner  projector""".split("\n")]
 
 
 def read_json(*path):
@@ -502,22 +572,27 @@ def build(config):
     """A VLM of random weights.
 
     config  vision_config, text_config (as in Hugging Face's config.json), image_token_id, and optionally
-        projector      "mlp", or "gated": that of the released Qwen2 systems
+        projector      "mlp"; "gated" and "hybrid" are those of the released Qwen2 and DeepSeek systems
         feature_layer  -1: the last, through the post-layernorm; else which of Hugging Face's hidden_states,
-                       without that norm (released: -2); layers above it are not built
-        drop_first     features left out at the start (released: 1)
-        after_image    words between picture and question (released and new models: "\\n"; tiny/: "")
+                       without that norm (released Qwen2: -2); layers above it are not built
+        drop_first     features left out at the start (released Qwen2: 1)
+        after_image    words between picture and question (released Qwen2, new models: "\\n"; tiny/: "")
+        image_size     side S of a picture, where it is not SigLIP's;  pad_color  see load_image
     """
     config = {"model_type": "math_puma_vlm", "projector": "mlp", "feature_layer": -1, "drop_first": 0,
-              "after_image": ""} | config
+              "after_image": "", "image_size": None, "pad_color": None} | config
     text, layer = config["text_config"], config["feature_layer"]
     config_class, llm_class = LLMS[text.get("model_type", "qwen2")]
     llm = llm_class(config_class(**text))
+    projector = PROJECTORS[config["projector"]]
+    if projector is HybridProjector:
+        vision = HybridVision(config["vision_config"])
+        return VLM(vision, projector(vision.config.hidden_size, llm.config.hidden_size), llm, config)
     c = SiglipVisionConfig(**config["vision_config"] | {"vision_use_head": False})
     c.num_hidden_layers = c.num_hidden_layers if layer == -1 else layer % (c.num_hidden_layers + 1)
     vision = SiglipVisionModel(c)
     vision.post_layernorm = vision.post_layernorm if layer == -1 else nn.Identity()
-    return VLM(vision, PROJECTORS[config["projector"]](c.hidden_size, llm.config.hidden_size), llm, config)
+    return VLM(vision, projector(c.hidden_size, llm.config.hidden_size), llm, config)
 
 
 def save_vlm(folder, vlm, tokenizer, dtype=None, released=False):
@@ -570,9 +645,12 @@ def read_tensors(folder):
 
 def from_released(folder, config, tensors):
     """Config, tensors and prompt of a released checkpoint in our terms. Exits when it is something else."""
+    if config.get("model_type") == "multi_modality":
+        return from_released_deepseek(config, tensors)
     if config.get("model_type") != "qwen2vlm" or config.get("projector_hidden_act", "gelu") != "gelu":
         sys.exit(f"{folder}: a {config.get('model_type')} model, neither ours (math_puma_vlm) nor a released "
-                 "one (qwen2vlm with gelu); a language model goes to --llm, a SigLIP tower to --vision")
+                 "one (qwen2vlm with gelu, multi_modality); a language model goes to --llm, a SigLIP tower "
+                 "to --vision")
     layer, vision = config.get("vision_feature_layer", -2), config["vision_config"]
     ours = {"projector": "gated", "after_image": "\n", "image_token_id": config["image_token_index"],
             "feature_layer": vision["num_hidden_layers"] if layer == -1 else layer, "vision_config": vision,
@@ -581,6 +659,25 @@ def from_released(folder, config, tensors):
     for old, new in (("aligner.", "projector."), ("vision_model.vision_model.", "vision_model.")):
         tensors = {new + k.removeprefix(old) if k.startswith(old) else k: t for k, t in tensors.items()}
     return ours, tensors, QWEN2_PROMPT
+
+
+def from_released_deepseek(config, tensors):
+    high, low = (config["vision_config"]["params"][k] for k in ("high_res_cfg", "low_res_cfg"))
+    sam, siglip = ({"image_size": c["image_size"]} | HYBRID[c["model_name"]] for c in (high, low))
+    siglip["num_hidden_layers"] += 1 + low.get("select_layer", -2)
+    ours = {"projector": "hybrid", "text_config": {"model_type": "llama"} | config["language_config"],
+            "image_size": high["image_size"], "pad_color": [122, 116, 104],  # 255 x CLIP's mean, its default
+            "vision_config": {"high": sam, "low": siglip | {"hidden_act": "gelu"}, "pixels": [
+                high.get(k) or [0.5] * 3 for k in ("pixel_mean", "pixel_std")]}}
+    renamed = {}
+    for name, t in tensors.items():
+        for old, new in HYBRID_NAMES:
+            name = re.sub(old, new, name)
+        if "self_attn.qkv" in name:  # one product there, three in transformers
+            renamed |= {name.replace("qkv", f"{k}_proj"): part for k, part in zip("qkv", t.chunk(3))}
+        elif not re.search("attn_pool|(high|low)_layer_norm", name):  # those are in no forward
+            renamed[name] = t[0] if "position_embedding" in name else t
+    return ours, renamed, DEEPSEEK_PROMPT.replace("SYSTEM", DEEPSEEK_SYSTEM)
 
 
 @torch.no_grad()
@@ -633,7 +730,7 @@ def load_tokenizer(folder, prompt=None):
         sys.exit(f"{folder}: the tokenizer has no eos_token: name one in tokenizer_config.json")
     if tokenizer.pad_token is None:  # pad == eos does no harm: labels and masks go by position, not by token
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = prompt or tokenizer.chat_template or DEEPSEEK_PROMPT
+    tokenizer.chat_template = prompt or tokenizer.chat_template or DEEPSEEK_PROMPT.replace("SYSTEM", "")
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
@@ -651,6 +748,7 @@ def load_vlm(folder, device="cpu", trained=(), frozen=None):
     if config.get("model_type") != "math_puma_vlm":
         config, tensors, prompt = from_released(folder, config, tensors)
     tokenizer = load_tokenizer(folder, prompt)
+    config.setdefault("image_token_id", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))  # DeepSeek's is another
     vlm = place(config, tensors, tokenizer, folder, device, trained, frozen)
     vlm.source_sha256 = digest  # a run writes down what it started from
     return vlm, tokenizer
@@ -665,7 +763,7 @@ def local(name, flag):
             name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
         except OSError as error:  # huggingface_hub's errors are: no network, no such model, no permission
             sys.exit(f"{flag} {name}: no such folder, nor was it downloaded ({type(error).__name__}); "
-                     f"without a network: `hf download {name} --local-dir DIR` elsewhere, copy DIR, give {flag} DIR")
+                     f"without a network: `hf download {name} --local-dir DIR` elsewhere, then {flag} DIR")
     if not os.path.exists(os.path.join(name, "config.json")):
         sys.exit(f"{flag} {name} has no config.json: not a model in Hugging Face's layout")
     return name

@@ -483,8 +483,9 @@ def main(argv=None):
     start = start_or_resume(args, vlm, optimizer, run, rank)
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
+    fingerprint = lambda: {k: int(torch.hash_tensor(v)) for k, v in vlm.language_model.state_dict().items()}
     begun, tokens, lost = time.time(), 0, np.zeros(2, int)
-    before = {k: torch.hash_tensor(v) for k, v in vlm.language_model.state_dict().items()}
+    before = fingerprint()  # not a copy: it would be as large as the model
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
         for group in optimizer.param_groups:
@@ -523,18 +524,16 @@ def main(argv=None):
         done, tokens, lost = step + 1, tokens + n_seen, lost + np.array(n_lost, int)
         if rank == 0 and logging:
             lr, speed, gb = group["lr"], tokens / (time.time() - begun), peak_gigabytes(device)
-            parts = f"kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f}"
-            write_log(args, f"step {done}/{args.steps} | loss {loss_all:.4f} ({parts}) | agree {agree:.1%} | "
-                      f"gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
-                      dict(step=done, loss=loss_all, kl_ts=kl_ts, kl_st=kl_st, ce=ce, agree=agree, gnorm=norm,
-                           lr=lr, tok_s=speed, gb=gb), lost)
+            write_log(args, f"step {done}/{args.steps} | loss {loss_all:.4f} (kl_ts {kl_ts:.2f} kl_st "
+                      f"{kl_st:.2f} ce {ce:.2f}) | agree {agree:.1%} | gnorm {norm:.2f} | lr {lr:.1e} | "
+                      f"{speed:,.0f} tok/s | {gb:.1f} GB", dict(step=done, loss=loss_all, kl_ts=kl_ts, ce=ce,
+                      kl_st=kl_st, agree=agree, gnorm=norm, lr=lr, tok_s=speed, gb=gb), lost)
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, {"run": run})
     if rank == 0:
         if args.steps == 0:  # nothing to train, but whoever asked wants a model there
             save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, {"run": run})
-        after = vlm.language_model.state_dict()
-        assert all(torch.hash_tensor(after[k]) == v for k, v in before.items()), "the frozen LLM has changed"
+        assert fingerprint() == before, "the frozen LLM has changed"
         print(f"stage 2 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
         if args.evaluate and folder:  # the table is of data_gen.py's test problems
             evaluation.main([*filter(None, [args.init]), args.out, "--data", folder])
