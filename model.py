@@ -228,7 +228,7 @@ def chat_tokens(tokenizer, row, suffix, images, after_image=""):
     """
     turns = [({"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"]), turn["value"])
              for turn in row.get("conversations", ())]  # LLaVA's; every answer in it is learnt
-    turns = turns or [("user", row[f"instruction{suffix}"]), ("assistant", row.get(f"output{suffix}") or "")]
+    turns = turns or [("user", row[f"instruction{suffix}"]), ("assistant", row.get(f"output{suffix}", ""))]
     mark, ids, learn = "\x00", [], []
     frame = tokenizer.apply_chat_template([{"role": role, "content": mark} for role, _ in turns[:-1]],
                                           tokenize=False, add_generation_prompt=True).split(mark)
@@ -261,19 +261,19 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
     million must not end a run in its third hour: the row is dropped, and make_batch counts it.
 
     The picture comes before the words, where a text-only prompt has its conditions.  The P placeholders are
-    put in HERE, before the model, so labels and logits count positions alike.  (The released Qwen code expands
-    them inside forward; its alignment loss then picks other rows, see the README.)
+    put in HERE, before the model, so labels and logits count positions alike.  (The released Qwen code puts
+    them in inside forward; its alignment loss then picks other rows, see the README.)
     """
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    encoded = {form: chat_tokens(tokenizer, row, form, [image] * (image_tokens if row[f"image_url{form}"] else 0),
-                                 after_image) for form in {suffix, *forms}}
+    images = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * image_tokens
+    encoded = {form: chat_tokens(tokenizer, row, form, images if row[f"image_url{form}"] else [],
+                                 after_image)
+               for form in {suffix, *forms}}
     (ids, learn), longest = encoded[suffix], max(learn.index(True) for _, learn in encoded.values())
-    prompt, picture = learn.index(True), row[f"image_url{suffix}"]
+    prompt, picture, name = learn.index(True), row[f"image_url{suffix}"], f"row {row.get('id', '?')}"
     if longest + answer > max_length:
         if answer:
             return [], [], None
-        raise ValueError(f"row {row.get('id', '?')}: its prompt has {longest} tokens, "
-                         f"--max_length is {max_length}")
+        raise ValueError(f"{name}: its prompt has {longest} tokens, --max_length is {max_length}")
     # The shift: position t predicts token t + 1.  So the last prompt position has the first answer token as
     # its label, and the last position, which would predict what follows <eos>, has none.
     labels = [i if answer and known else IGNORE for i, known in zip(ids[1:], learn[1:])] + [IGNORE]
@@ -281,7 +281,7 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
     try:
         pixels = load_image(os.path.join(row.get("root", root), picture), size, pad_color) if picture else None
     except ValueError as error:
-        raise ValueError(f"row {row.get('id', '?')}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     return ids[:end], labels[:end], pixels
 
 
@@ -304,9 +304,10 @@ def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer
     """Rows -> Batch, P and S as in the vision config. answer=False: prompts only, padded on the left."""
     size = vlm.config["image_size"] or vlm.vision_model.config.image_size
     try:
-        examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root, size=size,
-                                   max_length=max_length, answer=answer, forms=forms,
-                                   after_image=vlm.config["after_image"], pad_color=vlm.config["pad_color"]) for row in rows]
+        examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root,
+                                   max_length=max_length, size=size, answer=answer, forms=forms,
+                                   after_image=vlm.config["after_image"], pad_color=vlm.config["pad_color"])
+                    for row in rows]
     except ValueError as error:  # it names row and file; a traceback would add nothing
         sys.exit(str(error))
     batch = collate(examples, tokenizer.pad_token_id, size, left=not answer)
@@ -319,8 +320,8 @@ def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data files: JSONL or JSON arrays, with the released fields or LLaVA's.  A million rows as Python objects take
-# gigabytes: only the place of each row is kept, 32 bytes, and the row is parsed again when it is asked for.
+# Data files: JSONL or JSON arrays, with the released fields or LLaVA's.  A million rows as objects take
+# gigabytes: only the place of each row is kept, 32 bytes, and the row is parsed again when asked for.
 # ------------------------------------------------------------------------------------------------------------
 ROW = "image_url", "instruction", "output"
 PAIR = (*ROW, *(f"{field}_2" for field in ROW))  # without suffix: text-rich, strong; _2: vision-rich, weak
@@ -353,8 +354,8 @@ def places(path):
             except (ValueError, RecursionError):
                 pass  # the block ends inside a row; if the file is broken there, the last lines say so
         if path.endswith(".json") and "".join(text[at:].split()).lstrip("\xef\xbb\xbf") != "[]"[number > 0:]:
-            sys.exit(f"{path}:row {number + 1}: no array of JSON objects from byte {base + at} on, or a row too "
-                     "long or too deep; one row a line is named .jsonl")
+            sys.exit(f"{path}:row {number + 1}: no array of JSON objects from byte {base + at} on, or a row "
+                     "too long or too deep; one row a line is named .jsonl")
 
 
 def from_llava(row):
@@ -364,26 +365,25 @@ def from_llava(row):
     is text.
     """
     turns, picture, mark = row["conversations"], row.get("image") or "", "<image>"
-    if not isinstance(turns, list) or not all(
-            isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
-        raise ValueError("conversations is not a list of {\"from\": ..., \"value\": text}")
-    speakers = [turn.get("from") for turn in turns]
-    first = int(speakers[:1] == ["system"])
-    if speakers[first:] != ["human", "gpt"] * max(1, len(turns) // 2):
-        raise ValueError(f"conversations must go human, gpt, human, gpt, ..., not {speakers[:5]}")
-    text = turns[first]["value"].strip()
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("conversations is not a list of {\"from\": ..., \"value\": ...}")
+    speakers, said = [turn.get("from") for turn in turns], [turn.get("value") for turn in turns]
+    first, pairs = int(speakers[:1] == ["system"]), max(1, len(turns) // 2)
+    if speakers[first:] != ["human", "gpt"] * pairs or not all(isinstance(text, str) for text in said):
+        raise ValueError(f"conversations must be texts of human, gpt, human, gpt, ..., not of {speakers[:5]}")
+    text = said[first].strip()
     if (text.startswith(mark) or text.endswith(mark)) != bool(picture):
         raise ValueError(f"{'a picture' if picture else mark} but no {mark if picture else 'picture'} "
                          "at the start or end of the first question")
     if picture:
-        text = (text.removeprefix(mark) if text.startswith(mark) else text.removesuffix(mark)).strip()
-        turns = [*turns[:first], {"from": "human", "value": text}, *turns[first + 1:]]
-    *given, last = (turn["value"] for turn in turns)
-    return row | {"image_url": picture, "instruction": "\n".join(given), "output": last, "conversations": turns}
+        text = text.removeprefix(mark) if text.startswith(mark) else text.removesuffix(mark)
+        said[first] = text.strip()
+    return row | {"image_url": picture, "instruction": "\n".join(said[:-1]), "output": said[-1],
+                  "conversations": [{"from": who, "value": text} for who, text in zip(speakers, said)]}
 
 
 def checked(row, fields, root, decode):
-    """The row with these fields as strings and its pictures in place (decode: and readable). ValueError if not."""
+    """The row with these fields as strings and its pictures in place, decode: and whole. Else ValueError."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if ("image" in row) > ("conversations" in row):
@@ -442,7 +442,7 @@ class Rows(Sequence):
             raise ValueError(f"{where}: {error}") from None
 
     def sha256(self):
-        """Hash of what is trained on: the file's own; with several files or bad rows also of the rows used."""
+        """Hash of what is trained on: a file's own, or of several files or bad rows and of the rows used."""
         parts = [sha256(path) for path in self.files]
         return parts[0] if len(parts) == 1 and not self.bad else hashlib.sha256(
             " ".join(parts).encode() + self.index.tobytes()).hexdigest()
@@ -459,7 +459,8 @@ def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=
     for path in files:
         if not os.path.isfile(path):
             sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data")
-    rows, index, say = Rows(files, fields, image_root, check), array("q"), (lambda *_: None) if quiet else print
+    rows, index = Rows(files, fields, image_root, check), array("q")
+    say = (lambda *_: None) if quiet else print
     for k, path in enumerate(files):
         for place in places(path):
             try:
@@ -479,7 +480,7 @@ def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=
 
 
 def open_data(args, rank, name, fields=ROW):
-    """Rows of --data, which names files, or data_gen.py's folder, made when missing. -> (rows, folder or None)"""
+    """Rows of --data: of files, or of data_gen.py's folder, made when missing. -> (rows, folder or None)"""
     files = [path for path in args.data if path.endswith((".json", ".jsonl"))]
     if files != args.data and (files or len(args.data) > 1):
         sys.exit(f"--data {' '.join(args.data)}: give one folder of data_gen.py, or .json and .jsonl files")

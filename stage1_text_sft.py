@@ -138,8 +138,8 @@ def make_optimizer(vlm, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))  # betas: reported
 
 def write_log(args, line, numbers, lost):
-    """One fixed sentence for the reader, the same numbers for a plot. lost: (rows, answers) since the last."""
-    if any(lost):  # to --max_length: counted, never silent
+    """One fixed sentence for the reader, the same numbers for a plot. lost: since the last line."""
+    if any(lost):  # too long for --max_length: never silent
         line += f" | too long: {lost[0]} rows dropped, {lost[1]} answers cut"
     numbers |= {"dropped": int(lost[0]), "cut": int(lost[1])}
     lost[:] = 0
@@ -213,8 +213,9 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, = total(loss_here, device=device)
         if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not saved; "
-                     f"a lower --lr may help; rows here: {[row['id'] for part in parts for row in part]}")
+            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not "
+                     "saved; a lower --lr may help; rows here: "
+                     f"{[row['id'] for part in parts for row in part]}")
         optimizer.step()
         optimizer.zero_grad()
         done, tokens, lost = step + 1, tokens + n_seen, lost + np.array(n_lost, int)

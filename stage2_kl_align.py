@@ -145,8 +145,8 @@ def make_optimizer(vlm, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))  # betas: reported
 
 def write_log(args, line, numbers, lost):
-    """One fixed sentence for the reader, the same numbers for a plot. lost: (rows, answers) since the last."""
-    if any(lost):  # to --max_length: counted, never silent
+    """One fixed sentence for the reader, the same numbers for a plot. lost: since the last line."""
+    if any(lost):  # too long for --max_length: never silent
         line += f" | too long: {lost[0]} rows dropped, {lost[1]} answers cut"
     numbers |= {"dropped": int(lost[0]), "cut": int(lost[1])}
     lost[:] = 0
@@ -433,8 +433,8 @@ def pair_of_rows(vlm, model, strong, weak):
 @torch.no_grad()
 def show_pair(args, vlm, tokenizer, row, device):
     """One pair as a table over its answer tokens. The last line is what training would log for it."""
-    strong, weak = (make_batch(vlm, tokenizer, [row], suffix, max_length=args.max_length, forms=SIDES)
-                    .to(device) for suffix in SIDES)
+    strong, weak = (make_batch(vlm, tokenizer, [row], side, max_length=args.max_length, forms=SIDES)
+                    .to(device) for side in SIDES)
     ht, hs, labels = pair_of_rows(vlm, vlm, strong, weak)
     loss_of = functools.partial(kl_align_loss, weight=vlm.lm_head, alpha=args.alpha, lam=args.lam,
                                 tau=args.tau, standardize=args.standardize, kernel=args.kernel)
@@ -491,8 +491,8 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         parts = rows_of_step(step, rows, args, rank, world, "_2")
-        strong, weak = ([make_batch(vlm, tokenizer, part, suffix, max_length=args.max_length, forms=SIDES).to(device)
-                         for part in parts] for suffix in SIDES)
+        strong, weak = ([make_batch(vlm, tokenizer, part, side, max_length=args.max_length, forms=SIDES)
+                         .to(device) for part in parts] for side in SIDES)
         # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted
         # first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short
         # answers more.
@@ -517,8 +517,9 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss_all, kl_ts, kl_st, ce, agree = total(*here, device=device)
         if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not saved; "
-                     f"a lower --lr may help; rows here: {[row['id'] for part in parts for row in part]}")
+            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not "
+                     "saved; a lower --lr may help; rows here: "
+                     f"{[row['id'] for part in parts for row in part]}")
         optimizer.step()
         optimizer.zero_grad()
         done, tokens, lost = step + 1, tokens + n_seen, lost + np.array(n_lost, int)

@@ -66,13 +66,13 @@ def fields(rows, names=model.ROW):
     return [[r[name] for name in names] for r in rows]
 
 
-def run(stage, *data, out, **more):
+def run(*data, out, **more):
     base = {"init": TINY, "out": out, "batch": 2, "micro_batch": 2, "steps": 1, "log_every": 1} | more
     return ["--data", *map(str, data), *(f"--{k}={v}" for k, v in base.items())]
 
 
 def train(stage, *data, out, **more):
-    STAGES[stage].main(run(stage, *data, out=out, **more))
+    STAGES[stage].main(run(*data, out=out, **more))
     with open(os.path.join(out, "metrics.jsonl")) as f:
         metrics = [json.loads(line) for line in f]
     return load_file(os.path.join(model.newest_checkpoint(str(out)), "model.safetensors")), metrics
@@ -111,9 +111,11 @@ GOOD = json.dumps(row())
 
 @pytest.mark.parametrize("text,message", [
     (f"[{GOOD}, {GOOD[:-9]}", "row 2: no array"), (f"[{GOOD} {GOOD}]", "row 2: "), (f"[{GOOD},]", "row 2: "),
-    (f"[{GOOD}][{GOOD}]", "row 2: "), (f"[{GOOD}] x", "row 2: "), (f"[{GOOD}, []", "row 2: "), ("", "row 1: "),
+    (f"[{GOOD}][{GOOD}]", "row 2: "), (f"[{GOOD}] x", "row 2: "), (f"[{GOOD}, []", "row 2: "),
+    ("", "row 1: "),
     (f"{GOOD}\n{GOOD}\n", "row 1: .*one row a line is named .jsonl"), ("[]", " no rows"),
-    ("[" + GOOD + ',{"a":' + "[" * 100000, "row 2: .*too deep"), (f"[{GOOD}, 7, {GOOD}]", "row 2: not a JSON")])
+    ("[" + GOOD + ',{"a":' + "[" * 100000, "row 2: .*too deep"),
+    (f"[{GOOD}, 7, {GOOD}]", "row 2: not a JSON object")])
 def test_a_broken_array_names_the_row(tmp_path, text, message):
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(SystemExit, match="d.json:" + message):
@@ -123,23 +125,24 @@ def test_a_broken_array_names_the_row(tmp_path, text, message):
 BAD = [  # (line, what is said about it); file:2 comes before
     ('{"image_url": "", "instruction": "a', "Invalid control char"), ("[1]", "not a JSON object"),
     ("null", "not a JSON object"), ("{} {}", "Extra data"), ('{"a": "\udcff"}', "'utf-8' codec"),
-    (json.dumps(row(id=float("nan"))), "NaN"), ('{"x":' + "[" * 100000 + "]" * 100000 + "}", "nested too deep"),
-    (json.dumps(row("\ud800")), "surrogates not allowed"), (json.dumps(row(answer=" ")), "'output' is empty"),
-    (json.dumps(row(answer=60)), "'output' is missing or not a string"), ('{"instruction": "a"}', "'output' is m"),
-    (json.dumps({"output": "a"}), "'instruction' is missing"), (json.dumps(row(image_url=3)), "'image_url' is m"),
-    (json.dumps(row(image_url="no.png", id="q7")), "row q7: picture no.png is no file"),
-    (json.dumps(row(image_url="../out.png")), "picture ../out.png is no file inside"),
-    (json.dumps(row(image_url="link.png")), "picture link.png is no file inside"),
-    (json.dumps(row(image_url="http://x/p.png")), "picture http://x/p.png is no file inside"),
-    (json.dumps(row(image_url=".")), "is no file inside"), (json.dumps(row(image="p.png")), "it is 'image_url'"),
-    (json.dumps(llava("<image>\nA?", "B", image=None)), "<image> but no picture"),
-    (json.dumps(llava("A <image> B?", "B")), "a picture but no <image>"),
-    (json.dumps(llava("A?", "B", "C?", image=None)), "conversations must go human, gpt"),
-    (json.dumps(llava(image=None)), "conversations must go human, gpt"),
-    (json.dumps({"conversations": [{"from": "user", "value": "A?"}]}), "conversations must go human, gpt"),
-    (json.dumps({"conversations": "A?"}), "conversations is not a list"),
-    (json.dumps(llava("<image>A?", "B", image=["p.png", "p.png"])), "'image_url' is missing or not a string"),
-    (json.dumps(llava("A?", "", image=None)), "'output' is empty")]
+    ('{"x":' + "[" * 100000 + "]" * 100000 + "}", "nested too deep"),
+    *((json.dumps(r), message) for r, message in [
+        (row(id=float("nan")), "NaN"), (row("\ud800"), "surrogates not allowed"),
+        (row(answer=" "), "'output' is empty"), (row(answer=60), "'output' is missing or not a string"),
+        ({"instruction": "a"}, "'output' is missing"), ({"output": "a"}, "'instruction' is missing"),
+        (row(image_url=3), "'image_url' is missing or not"), (row(image="p.png"), "it is 'image_url'"),
+        (row(image_url="no.png", id="q7"), "row q7: picture no.png is no file"),
+        *((row(image_url=path), f"picture {path} is no file inside") for path in (
+            "../out.png", "link.png", "http://x/p.png", ".", "/etc/passwd", "../data2/p.png")),
+        (llava("<image>\nA?", "B", image=None), "<image> but no picture"),
+        (llava("A <image> B?", "B"), "a picture but no <image>"),
+        (llava("A?", "B", "C?", image=None), "texts of human, gpt"),
+        (llava(image=None), "texts of human, gpt"),
+        ({"conversations": [{"from": "user", "value": "A?"}]}, "texts of human, gpt"),
+        (llava("A?", 7, image=None), "texts of human, gpt"),
+        (llava("A?", "", image=None), "'output' is empty"),
+        ({"conversations": "A?"}, "conversations is not a list"),
+        (llava("<image>A?", "B", image=["p.png", "p.png"]), "'image_url' is missing or not a string")])]
 
 
 @pytest.fixture
@@ -149,6 +152,8 @@ def outside(folder):
     Image.new("L", (9, 9)).save(folder / "out.png")
     Image.new("L", (9, 9)).save(folder / "data" / "p.png")
     os.symlink(folder / "out.png", folder / "data" / "link.png")
+    (folder / "data2").mkdir()  # its name begins as the root's does
+    Image.new("L", (9, 9)).save(folder / "data2" / "p.png")
     return folder / "data"
 
 
@@ -162,7 +167,8 @@ def test_a_bad_line_stops_the_run_and_says_why(outside, text, message):
 
 @pytest.mark.parametrize("change,message", [
     ({"output_2": "7"}, "answers of a pair differ: '90"), ({"output_2": None}, "'output_2' is missing"),
-    ({"instruction_2": None}, "'instruction_2' is missing"), ({"image_url_2": "q.png"}, "picture q.png is no")])
+    ({"instruction_2": None}, "'instruction_2' is missing"),
+    ({"image_url_2": "q.png"}, "picture q.png is no file")])
 def test_a_bad_pair(folder, change, message):
     with pytest.raises(SystemExit, match=f"d.jsonl:1: .*{message}"):
         read_rows(lines(folder / "d.jsonl", [pair(**change)]), PAIR)
@@ -174,7 +180,7 @@ def test_check_data_lists_every_bad_row_and_trains_nothing(outside, capsys):
     texts = [row(), *(text for text, _ in BAD), row(image_url="text.png")]
     path = lines(outside / "d.jsonl", texts)
     with pytest.raises(SystemExit) as stopped:
-        stage1_text_sft.main([*run(1, path, out=outside / "o"), "--check_data"])
+        stage1_text_sft.main([*run(path, out=outside / "o"), "--check_data"])
     listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(path)]
     assert stopped.value.code == 1 and not (outside / "o").exists()
     assert [line.split(":")[1] for line in listed] == [str(n) for n in range(2, len(texts) + 1)]
@@ -182,8 +188,9 @@ def test_check_data_lists_every_bad_row_and_trains_nothing(outside, capsys):
 
 
 def test_check_data_of_good_rows_exits_0(folder, capsys):
+    path = lines(folder / "d.jsonl", [pair()] * 3)
     with pytest.raises(SystemExit) as stopped:
-        stage2_kl_align.main([*run(2, lines(folder / "d.jsonl", [pair()] * 3), out=folder / "o"), "--check_data"])
+        stage2_kl_align.main([*run(path, out=folder / "o"), "--check_data"])
     assert stopped.value.code == 0 and "3 rows are good, 0 are bad" in capsys.readouterr().out
 
 
@@ -242,7 +249,8 @@ def test_two_files_train_as_one_and_in_this_order(folder, capsys):
     a, b = lines(folder / "a.jsonl", rows[:3]), array(folder / "more" / "b.json", rows[3:])
     both = lines(folder / "c.jsonl", rows)
     one, two = (train(3, *data, out=folder / f"o{len(data)}", batch=6, lr=1e-3) for data in ([both], [a, b]))
-    assert all(torch.equal(v, two[0][k]) for k, v in one[0].items()) and one[1][0]["loss"] == two[1][0]["loss"]
+    assert all(torch.equal(v, two[0][k]) for k, v in one[0].items())
+    assert one[1][0]["loss"] == two[1][0]["loss"]
     assert "accuracy" not in capsys.readouterr().out  # no table: its problems are data_gen.py's
     train(3, a, b, out=folder / "o2", batch=6, lr=1e-3)  # a finished run is left alone
     with pytest.raises(SystemExit, match="--data: "):
@@ -281,8 +289,10 @@ def test_a_batch_of_which_nothing_fits_changes_nothing(folder, stage, capsys):
     before = load_file(os.path.join(TINY, "model.safetensors"))
     after, log = train(stage, path, out=folder / "o", max_length=130, weight_decay=0)
     want = 2 if stage == 2 else 1  # of a pair either form is enough; the other stages read the first alone
-    assert log[0]["dropped"] == want and f"too long: {want} rows dropped, 0 ans" in "".join(capsys.readouterr())
-    assert stage != 2 or log[0]["loss"] == 0 and all(torch.equal(after[k], v.float()) for k, v in before.items())
+    assert log[0]["dropped"] == want
+    assert f"too long: {want} rows dropped, 0 answers cut" in "".join(capsys.readouterr())
+    if stage == 2:
+        assert log[0]["loss"] == 0 and all(torch.equal(after[k], v.float()) for k, v in before.items())
 
 
 def test_both_forms_of_a_pair_are_cut_alike(folder, tiny):
@@ -300,9 +310,9 @@ def test_a_process_without_a_row_that_fits_goes_on(folder):
     """Two processes, one row each, one of them too long: nobody waits for ever, and one process agrees."""
     path = lines(folder / "d.jsonl", [row(), row(LONG, image_url="p.png")])
     one, log = train(3, path, out=folder / "one", max_length=130, lr=1e-4)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           STAGES[3].__file__, *run(3, path, out=folder / "two", max_length=130, lr=1e-4)],
-                          capture_output=True, text=True, cwd=folder, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               STAGES[3].__file__, *run(path, out=folder / "two", max_length=130, lr=1e-4)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     with open(folder / "two" / "metrics.jsonl") as f:
         two = [json.loads(line) for line in f]
@@ -326,7 +336,8 @@ def test_llava_is_the_released_row_in_other_words(folder, tiny, question):
 
 def test_a_typed_mark_stays_text(folder, tiny):
     text = "What is <image> or <|image|> or <|im_end|>? <image>"
-    path = lines(folder / "d.jsonl", [llava(f"<image>\n{text}", "<image>"), llava("a <image> b", "c", image=None)])
+    path = lines(folder / "d.jsonl", [llava(f"<image>\n{text}", "<image>"),
+                                      llava("a <image> b", "c", image=None)])
     (ids, labels, _), (plain, _, none) = (encode(tiny[1], r) for r in read_rows(path))
     assert ids.count(tiny[0].image_token_id) == 81 and ids.count(tiny[1].eos_token_id) == 2
     assert text in tiny[1].decode(ids) and "a <image> b" in tiny[1].decode(plain) and none is None
@@ -339,7 +350,8 @@ def test_every_answer_of_a_conversation_is_learnt(folder, tiny):
     ids, labels, pixels = encode(tokenizer, read_rows(path)[0])
     assert tokenizer.decode(ids).replace("<|image|>" * 81, "<|image|>") == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|image|>Find y.<|im_end|>\n"
-        "<|im_start|>assistant\n7<|im_end|>\n<|im_start|>user\nAnd x?<|im_end|>\n<|im_start|>assistant\n8. †<|im_end|>")
+        "<|im_start|>assistant\n7<|im_end|>\n<|im_start|>user\nAnd x?<|im_end|>\n"
+        "<|im_start|>assistant\n8. †<|im_end|>")
     learnt = [t for t, y in enumerate(labels) if y != IGNORE]
     assert tokenizer.decode([labels[t] for t in learnt]) == "7<|im_end|>8. †<|im_end|>"
     assert [labels[t] for t in learnt] == [ids[t + 1] for t in learnt] and pixels is not None
@@ -352,9 +364,11 @@ def test_every_answer_of_a_conversation_is_learnt(folder, tiny):
 # ------------------------------------------------------------------------------------------------------------
 def png(width, height, pixels=b""):
     """The bytes of a grey PNG that claims this size, whatever it holds."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"),
+                                                (head, zlib.compress(pixels), b"")))
 
 
 def whole(folder):
@@ -363,8 +377,9 @@ def whole(folder):
 
 @pytest.mark.parametrize("content,message", [
     (lambda f: b"", "cannot identify"), (lambda f: whole(f)[:len(whole(f)) // 2], "trunc"),
-    (lambda f: b"Find angle A.", "cannot identify"), (lambda f: png(8000, 8000), "64|8000 x 8000 pixels"),
-    (lambda f: png(60000, 60000), "pixels"), (lambda f: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot id"),
+    (lambda f: b"Find angle A.", "cannot identify"), (lambda f: png(8000, 8000), "8000 x 8000 pixels"),
+    (lambda f: png(60000, 60000), "pixels"),
+    (lambda f: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
     (lambda f: whole(f)[:60] + b"\0" * 90 + whole(f)[150:], "")])
 def test_a_broken_picture_names_row_and_file(folder, tiny, content, message):
     (folder / "bad.png").write_bytes(content(folder))
