@@ -204,19 +204,25 @@ def write_log(args, line, numbers, lost):
 # ============================================================================================================
 CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk; 4 MB a tensor, a dozen of them stays near the caches
 MIN_ROWS = 64  # of an eager chunk: each reads all of W.  At V 151,936, 6 rows a chunk took 3.4 x as long
-CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, half the rows)
-_covariance = [lambda: None, None, None]  # for (12): weak reference to W, its version and n_vocab, C
+CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, a third of the rows)
+_covariance = [lambda: None, None, None]  # for (12): weak reference to W, what else C depends on, C
 
-def row_scale(h, weight, n_vocab, tau, standardize):
-    """a of a softmax: 1 / tau for every row, or 1 / (tau * std of the row's logits). -> (N,) float32"""
+def row_scales(hs, ht, weight, n_vocab, tau, standardize, dtype):
+    """a_s and a_t: 1 / tau for every row, or 1 / (tau * std of the row's logits). -> (N,), (N,) float32"""
     if not standardize:
-        return torch.full(h.shape[:1], 1 / tau, device=h.device)
-    state = (weight._version, n_vocab)  # _version counts changes in place: an optimizer step makes C stale
+        return (torch.full(hs.shape[:1], 1 / tau, device=hs.device),) * 2
+    # _version counts changes in place: an optimizer step makes C stale
+    state = weight._version, n_vocab, dtype, torch.is_inference_mode_enabled()
     if _covariance[0]() is not weight or _covariance[1] != state or weight.requires_grad:
-        _covariance[:] = weakref.ref(weight), state, torch.cov(weight[:n_vocab].float().T)
-    h = h.float()
-    std = ((h @ _covariance[2]) * h).sum(-1).clamp_min(0).sqrt()  # (N,)  (12)
-    return 1 / (tau * (std + 1e-6))  # 1e-6: the released code's
+        W = weight[:n_vocab]
+        mean = W.mean(0, dtype=torch.float32)  # in slices: never a float32 copy of all of W
+        C = sum(x.T @ x for x in (part.float() - mean for part in W.split(2 ** 14))) / max(1, n_vocab - 1)
+        _covariance[:] = weakref.ref(weight), state, C.to(dtype)
+    C, ht, d = _covariance[2], ht.float(), hs.float() - ht.float()  # (H, H), (N, H), (N, H)
+    var_t = ((ht.to(dtype) @ C) * ht).sum(-1)  # (N,)  (12)
+    var_s = var_t + ((d.to(dtype) @ C) * (hs + ht)).sum(-1)  # not hs^T C hs: for the reason of (5)
+    # 1e-6: the released code's.  1e-20: below it the gradient is 0, not that of a square root at 0
+    return tuple(1 / (tau * (var.clamp_min(1e-20).sqrt() + 1e-6)) for var in (var_s, var_t.detach()))
 
 def align_rows(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
     """Equations (6)-(10) for n rows, one operation after the other: the reference for the kernel below.
@@ -265,53 +271,62 @@ def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w
     """
     row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride goes beyond 2^31
     T, D, cols = slab + row * stride, slab + (row + n) * stride, tl.arange(0, BLOCK)
-    a_t, a_s, y = tl.load(a_t_of + row), tl.load(a_s_of + row), tl.load(label_of + row)
+    a_t, a_s, y = tl.load(a_t_of + row), tl.load(a_s_of + row), tl.load(label_of + row).to(tl.int32)
     known = y >= 0
+    w_c = tl.where(known, w_c, 0.0)
     at_y = tl.where(known, y, 0)
     z_y = tl.load(T + at_y).to(tl.float32) + tl.load(D + at_y).to(tl.float32)
     low = -float("inf")
-    m_t, m_s, m_z, Z_t, Z_s, Z_z, B = low, low, low, 0.0, 0.0, 0.0, 0.0
+    m_t, m_s, m_z, none = low, low, low, tl.zeros([BLOCK], tl.float32)
+    Z_t, Z_s, Z_z, B = none, none, none, none  # (BLOCK,) one sum a column: adding them up can wait
     for i in range(0, V, BLOCK):  # visit 1: maxima, sums and B of (13), all rescaled when a maximum grows
         inside = i + cols < V
         x = tl.load(T + i + cols, inside, 0.0).to(tl.float32)  # (BLOCK,) teacher's logits
         d = tl.load(D + i + cols, inside, 0.0).to(tl.float32)  # (BLOCK,) student's minus teacher's
-        e = a_s * d + (a_s - a_t) * x
-        t = tl.where(inside, a_t * x, low)
+        t, e = x, d
+        if RESCALED:
+            t, e = a_t * x, a_s * d + (a_s - a_t) * x
+        t = tl.where(inside, t, low)
         s = t + e
         M = tl.maximum(m_t, tl.max(t, 0))
-        Z_t = Z_t * tl.exp(m_t - M) + tl.sum(tl.exp(t - M), 0)
-        m_t = M
+        Z_t, m_t = Z_t * tl.exp(m_t - M) + tl.exp(t - M), M
         M = tl.maximum(m_s, tl.max(s, 0))
         old, q = tl.exp(m_s - M), tl.exp(s - M)
-        Z_s, B, m_s = Z_s * old + tl.sum(q, 0), B * old + tl.sum(q * e, 0), M
+        Z_s, B, m_s = Z_s * old + q, B * old + q * e, M
         if RESCALED:
             z = tl.where(inside, x + d, low)
             M = tl.maximum(m_z, tl.max(z, 0))
-            Z_z, m_z = Z_z * tl.exp(m_z - M) + tl.sum(tl.exp(z - M), 0), M
+            Z_z, m_z = Z_z * tl.exp(m_z - M) + tl.exp(z - M), M
+    Z_t, Z_s, Z_z, B = tl.sum(Z_t, 0), tl.sum(Z_s, 0), tl.sum(Z_z, 0), tl.sum(B, 0)
     dL = (m_s - m_t) + tl.log(Z_s / Z_t)  # (6)
     center = B / Z_s - dL  # (13)
     lse = m_z + tl.log(Z_z) if RESCALED else m_s + tl.log(Z_s)
-    fkl, rkl, da = 0.0, 0.0, 0.0
+    over_t, over_s, fkl, rkl, da = 1 / Z_t, 1 / Z_s, none, none, none
     for i in range(0, V, BLOCK):  # visit 2: every term, and G over D
         inside = i + cols < V
         x = tl.load(T + i + cols, inside, 0.0).to(tl.float32)
         d = tl.load(D + i + cols, inside, 0.0).to(tl.float32)
-        e = a_s * d + (a_s - a_t) * x
-        t = tl.where(inside, a_t * x, low)
-        p, q, delta = tl.exp(t - m_t) / Z_t, tl.exp(t + e - m_s) / Z_s, e - dL  # (7)
+        t, e = x, d
+        if RESCALED:
+            t, e = a_t * x, a_s * d + (a_s - a_t) * x
+        t = tl.where(inside, t, low)
+        p, q, delta = tl.exp(t - m_t) * over_t, tl.exp(t + e - m_s) * over_s, e - dL  # (7)
         # exp(delta) - 1 for |delta| < 1/4 by its series: the first term left out is below 2^-24 of the sum
-        near = delta * (1 + delta / 2 * (1 + delta / 3 * (1 + delta / 4 * (1 + delta / 5 * (1 + delta / 6)))))
+        near = 1 / 6 + delta * (1 / 24 + delta * (1 / 120 + delta * (1 / 720)))
+        near = delta * (1 + delta * (1 / 2 + delta * near))
         diff = tl.where(tl.abs(delta) < 0.25, p * near, q - p)
-        fkl += tl.sum(diff - p * delta, 0)  # (8)
-        rkl += tl.sum(q * delta - diff, 0)
+        fkl += diff - p * delta  # (8)
+        rkl += q * delta - diff
         if TRAIN:
             g = w_f * diff + w_r * q * (delta - center)  # (9)
             q_raw = q
             if RESCALED:
-                da += tl.sum(g * (x + d), 0)
+                da += g * (x + d)
                 q_raw = tl.exp(tl.where(inside, x + d, low) - lse)
-            G = a_s * g + tl.where(known, w_c * (q_raw - tl.where(i + cols == y, 1.0, 0.0)), 0.0)  # (10)
+            g = a_s * g if RESCALED else g
+            G = g + w_c * (q_raw - tl.where(i + cols == y, 1.0, 0.0))  # (10)
             tl.store(D + i + cols, G.to(slab.dtype.element_ty), inside)
+    fkl, rkl, da = tl.sum(fkl, 0), tl.sum(rkl, 0), tl.sum(da, 0)
     tl.store(out + 4 * row, fkl)
     tl.store(out + 4 * row + 1, rkl)
     tl.store(out + 4 * row + 2, tl.where(known, lse - z_y, 0.0))
@@ -326,18 +341,24 @@ def compiled_kernel():
     return triton.jit(align_row_kernel, do_not_specialize=["n"])  # else another compilation for n = 1 or 16 k
 
 def align_rows_triton(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
-    """align_rows in one kernel. 8 columns a thread: one 16-byte load, no spills (tests/compile_kernel.py)."""
+    """align_rows in one kernel. 8 columns a thread: one 16-byte load.
+
+    maxnreg: registers a thread without spills (tests/compile_kernel.py); left alone, ptxas aims at 64 and spills.
+    """
     n, V = len(a_t), slab.shape[1]
     out, block = torch.empty(n, 4, device=slab.device), min(2048, 1 << (V - 1).bit_length())
     compiled_kernel()[(n,)](slab, a_t, a_s, labels, out, n, slab.stride(0), w_f, w_r, w_c, V=V, BLOCK=block,
-                            RESCALED=rescaled, TRAIN=train, num_warps=8)
+                            RESCALED=rescaled, TRAIN=train, num_warps=8, maxnreg=96 if rescaled else 80)
     return out
 
-def product(a, b):
-    """a @ b in float32. Not bfloat16 and a cast after: dX is a sum over all of V, its digits are wanted."""
+def product(a, b, out):
+    """out = a @ b in float32. Not bfloat16, then a cast: dX is a sum over all of V, its digits are wanted."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)  # read in bfloat16, summed in float32
-    return a.float() @ b.float()
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # read in bfloat16, summed in float32
+    out.zero_()
+    for x, y in zip(a.split(2 ** 14, 1), b.split(2 ** 14)):  # not all of V in one sum: 2e-5 off at H 8
+        out += x.float() @ y.float()
+    return out
 
 class FusedKLAlign(torch.autograd.Function):
     """Equations (5)-(11) for a chunk of rows at a time: logits exist for no more rows than that.
@@ -353,27 +374,29 @@ class FusedKLAlign(torch.autograd.Function):
         dW = torch.zeros(weight.shape, device=hs.device) if train_head else None  # (V, H) float32
         sums, da = torch.zeros(3, dtype=torch.float64, device=hs.device), torch.zeros(N, device=hs.device)
         weights = [w / n_total for w in (lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)]
-        n = min(CHUNK_ROWS // (1 + exact) if fused else max(MIN_ROWS, CHUNK_ELEMENTS // n_vocab), N)
-        if not exact:  # one slab for all chunks; its rows start at multiples of 16 bytes, cuBLAS wants that
-            room = torch.empty(2 * n, -(-n_vocab // 8) * 8, dtype=dtype, device=hs.device)[:, :n_vocab]
+        n = min(CHUNK_ROWS // (1 + 2 * exact) if fused else max(MIN_ROWS, CHUNK_ELEMENTS // n_vocab), N)
+        # One slab for all chunks.  Rows of a multiple of 16 elements: cuBLAS and Triton then load 16 bytes at once
+        room = torch.empty(2 * n, -(-n_vocab // 16) * 16, dtype=torch.float32 if exact else dtype,
+                           device=hs.device)[:, :n_vocab]
         for c in (slice(i, min(i + n, N)) for i in range(0, N, max(1, n))):
             h_t, h_d = ht[c].float(), hs[c].float() - ht[c].float()  # subtract first, round to dtype after
             h = torch.cat([h_t, h_d]).to(dtype)  # (2n, H)
-            slab = product(h, W.T) if exact else torch.mm(h, W.T, out=room[:len(h)])  # (2n, V)  (5)
+            slab = (product if exact else torch.mm)(h, W.T, out=room[:len(h)])  # (2n, V)  (5)
             rows = (align_rows_triton if fused else align_rows)(
                 slab, a_t[c], a_s[c], labels[c], *weights, rescaled, train)  # (n, 4)  (6)-(10)
             sums += rows[:, :3].sum(0, dtype=torch.float64)
             if train:
                 G, da[c] = slab[len(h_t):].to(dtype), rows[:, 3]  # (n, V), (n,)
-                dhs[c] = product(G, W)  # (11)
+                product(G, W, out=dhs[c])  # (11)
                 if train_head:
-                    dW[:n_vocab] += product(G.T, hs[c].to(dtype))
+                    dW[:n_vocab] += product(G.T, hs[c].to(dtype), out=torch.empty_like(dW[:n_vocab]))
         fkl, rkl, ce = (sums / n_total).float()
         ctx.save_for_backward(dhs, dW, da if a_s.requires_grad else None)
         ctx.dtypes = hs.dtype, weight.dtype
         ctx.mark_non_differentiable(fkl, rkl, ce)
         return lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * ce, fkl, rkl, ce  # (4)
     @staticmethod
+    @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently 0
     def backward(ctx, scale, *_):
         dhs, dW, da = ctx.saved_tensors
         dW, da = None if dW is None else (scale * dW).to(ctx.dtypes[1]), None if da is None else scale * da
@@ -404,12 +427,11 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
     if kernel == "triton" and not hs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel triton needs a CUDA device; for a CPU set TRITON_INTERPRET=1 beforehand")
     fused = kernel == "triton" or kernel == "auto" and hs.is_cuda and bool(importlib.util.find_spec("triton"))
+    torch._assert_async((labels < V).all(), "a label is not below n_vocab")  # on CUDA no wait for the answer
     device, ht = hs.device.type, ht.detach()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):  # the matrix products run in dtype, all else in float32
-        a_s = row_scale(hs, weight, V, tau, standardize)
-        fixed = weight.detach() if weight.requires_grad else weight  # the same object keeps C of (12) valid
-        a_t = row_scale(ht, fixed, V, tau, True) if standardize else a_s
+        a_s, a_t = row_scales(hs, ht, weight, V, tau, standardize, dtype)
         loss, fkl, rkl, ce = FusedKLAlign.apply(
             hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, V, max(1, N) if n_total is None else n_total,
             dtype, fused, exact and dtype != torch.float32,

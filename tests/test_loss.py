@@ -229,14 +229,13 @@ def test_the_covariance_is_computed_again_when_the_head_changes():
     assert error(run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)[0].detach(), first.detach()) < 1e-5
 
 
-def test_the_covariance_of_a_frozen_head_is_computed_once(monkeypatch):
+def test_the_covariance_of_a_frozen_head_is_computed_once():
     """It costs V H^2 operations, and nothing about it changes from step to step."""
     hs, ht, W, labels = example()
-    calls, original = [], torch.cov
-    monkeypatch.setattr(torch, "cov", lambda x: calls.append(1) or original(x))
-    for _ in range(3):
-        run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)
-    assert len(calls) == 1
+    run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)
+    first = stage2_kl_align._covariance[2]
+    run(hs, ht, W, labels, alpha=.5, lam=1, standardize=True)
+    assert stage2_kl_align._covariance[2] is first
 
 
 def test_autocast_and_float32_agree_to_bfloat16_precision():
@@ -292,30 +291,28 @@ PLANTED = [  # what a slip of the pen would look like, in the eager rows, the ke
     ("direction", "g = w_f * diff + w_r * q * (delta - center)",
      "g = w_r * diff + w_f * q * (delta - center)"),
     ("sign", "z, at, as_ = T + D,", "z, at, as_ = T - D,"),
-    ("sign", "t + e - m_s) / Z_s, e - dL", "t + e - m_s) / Z_s, dL - e"),
+    ("sign", "t + e - m_s) * over_s, e - dL", "t + e - m_s) * over_s, dL - e"),
     ("tau^2 in the gradient", "(lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)",
      "(lam * alpha, lam * (1 - alpha), 1 - lam)"),
     ("tau^2 in the loss", "return lam * tau ** 2 * (alpha", "return lam * (alpha"),
     ("alpha swapped", "(alpha * fkl + (1 - alpha) * rkl)", "(alpha * rkl + (1 - alpha) * fkl)"),
     ("D dropped", "hs[c].float() - ht[c].float()", "hs[c].float() - hs[c].float()"),
     ("scale", "e = (at * T, as_ * D + (as_ - at) * T)", "e = (at * T, as_ * D)"),
-    ("scale", "e = a_s * d + (a_s - a_t) * x\n        t = tl.where(inside, a_t * x, low)\n        s",
-     "e = a_s * d\n        t = tl.where(inside, a_t * x, low)\n        s"),
+    ("scale", "t, e = a_t * x, a_s * d + (a_s - a_t) * x", "t, e = a_t * x, a_s * d"),
     ("gradient of the scale", "da = (g * z).sum(-1)", "da = da"),
-    ("gradient of the scale", "da += tl.sum(g * (x + d), 0)", "da += 0.0"),
+    ("gradient of the scale", "da += g * (x + d)", "da += 0.0 * g"),
     ("hard loss of q", "q_raw = tl.exp(tl.where(inside, x + d, low) - lse)", "q_raw = q"),
     ("hard loss of q", "addcmul_((z - lse).exp_(), w_c", "addcmul_(q, w_c"),
-    ("running maximum", "B * old + tl.sum(q * e, 0)", "B + tl.sum(q * e, 0)"),
-    ("mask of the last block", "t = tl.where(inside, a_t * x, low)\n        s = t + e",
-     "t = a_t * x\n        s = t + e"),
+    ("running maximum", "B * old + q * e", "B + q * e"),
+    ("mask of the last block", "t = tl.where(inside, t, low)\n        s = t + e",
+     "s = t + e"),
     ("label of a row", "tl.where(i + cols == y, 1.0, 0.0)", "tl.where(i + cols == y + 1, 1.0, 0.0)"),
     ("32-bit rows", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
     ("padding", "weight[:n_vocab].to(dtype)", "weight.to(dtype)"),
     ("n_total", "fkl, rkl, ce = (sums / n_total).float()", "fkl, rkl, ce = (sums / max(1, N)).float()"),
     ("scale of the gradient", "return (scale * dhs)",
      "return dhs, None, dW, None, da, *[None] * 10\n        return (dhs)"),
-    ("head", "dW[:n_vocab] += product(G.T, hs[c].to(dtype))",
-     "dW[:n_vocab] += product(G.T, ht[c].to(dtype))"),
+    ("head", "dW[:n_vocab] += product(G.T, hs[c].to(dtype)", "dW[:n_vocab] += product(G.T, ht[c].to(dtype)"),
     ("two logit matrices", "torch.cat([h_t, h_d]).to(dtype)  # (2n, H)\n",
      "torch.cat([h_t, h_d]).to(dtype)\n"
      "            h[len(h_t):] = (hs[c].to(dtype) - ht[c].to(dtype)) * 1.02\n"),
