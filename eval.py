@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("--benchmark", default="builtin", choices=["builtin", *BENCHMARKS], help="whose problems")
     add("--data", nargs="+", default=["data"],
         help="folder of data_gen.py; for a public benchmark its testmini.json (MathVerse: one file or both)")
-    add("--images", help="folder where the picture names of a public benchmark start (default: that of --data)")
+    add("--images", help="folder where a public benchmark's picture names start (default: that of --data)")
     add("--replies", metavar="FILE", help="mark these replies, JSONL of id and reply, instead of a model's")
     add("--out", help="folder for the marks of --replies (default: its name without .jsonl)")
     add("--limit", type=int, default=None, help="use only the first so many test problems")
@@ -98,16 +98,19 @@ def normalise(text):
 
 # Where a final answer stands.  Inside a class of places the last one wins: replies correct themselves.
 MARKS = [re.compile(p) for p in (  # made for it
+    r"\\f?box(?:ed)?\s?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\}){0,400})\}",
     r"<answer>([^<]*)</answer>", r"\[\[([^\[\]]*)\]\]", r"####\s?([^\n]*)", r"†\s?Answer\s?:\s?([^\n†]*)",
     r"<Answer>\s?:?\s?<<([^<>]*)>>", r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]
 REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
 PHRASES = re.compile(  # said in words
-    r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?|\b(?:correct|right|best) (?:option|choice|one)"
-    r"|答案|正确的|\b(?:option|choice) that is correct)"
+    r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"
+    r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确的|\b(?:option|choice) that is correct)"
     r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|(?=不是))"
-    rf"\s?:?\s{{0,3}}{REST}|\b(?:it|that|this) (?:should|must) be {REST}|(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}"
-    rf"|\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}|\b(?:so|it is|it's) {LETTER}(?=[.!]?$)|选项\s?{LETTER}\s?正确"
-    rf"|(?:^|[.,;:!\n]|\band|\bso|\bthus|\bhence|\btherefore|\boption|\bchoice)\s?{LETTER} (?:is|would be|must be)"
+    rf"\s?:?\s{{0,3}}{REST}|\b(?:it|that|this) (?:should|must) be {REST}"
+    rf"|(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}"
+    rf"|\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}"
+    rf"|\b(?:so|it is|it's) {LETTER}(?=[.!]?$)|选项\s?{LETTER}\s?正确"
+    rf"|(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
     r" (?:the )?(?:correct|best|true|right(?: answer| option| choice| one|[.,!]))", re.I)
 HEDGE = re.compile(
     r"\b(?:might|maybe|perhaps|probably|possibly|likely|may be|could be|seems?|appears?|unsure|guess|either"
@@ -117,15 +120,16 @@ TAKEN_BACK = re.compile(
     r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|on second thought)\b"
     r"|\b(?:this|that|it) (?:is|was) (?:wrong|incorrect|a mistake|not (?:right|correct))|等等|不对|更正", re.I)
 SUPPOSED = re.compile(r"\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b[^,]*$"
-                      r"|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|不要?$|\b(?:option|choice) [A-J] ?$", re.I)
+                      r"|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|不要?$"
+                      r"|\b(?:option|choice) [A-J] ?$", re.I)
 NOT = re.compile(r"(?:not|n't|neither|never)\b|\bno longer\b|contradict|不|≠|!=", re.I)
 COPULA = re.compile(r"(?<![<>!])=|\b(?:is|are|be|was|equals)\b(?: at(?= \())?|等于|为|是|共有")
 SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
 END = re.compile(  # what follows a candidate
     r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b|, (?:so|as|and|about|or about) "
     r"|,? (?:i\.e\.|因为)|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
-LEAD = re.compile(r"(?:(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice|the)"
-                  r"\s+|选项\s?)", re.I)
+LEAD = re.compile(r"(?:(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice"
+                  r"|the)\s+|选项\s?)", re.I)
 TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether)$")
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")
 
@@ -135,21 +139,11 @@ def clean(text):
     text = re.sub("(?<=[a-z]{2})!$", "", text)  # 4! is 24
     return TAIL.sub("", text[m.end():] if (m := LEAD.match(text)) else text)
 
-def boxed(reply):
-    """(place, content) of the last \\boxed{...}s, braces balanced."""
-    for start in [m.end() for m in re.finditer(r"\\f?box(?:ed)?\s?\{", reply)][-9:]:
-        depth = 1
-        for end in range(start, min(len(reply), start + 500)):
-            depth += {"{": 1, "}": -1}.get(reply[end], 0)
-            if depth == 0:
-                yield start, reply[start:end]
-                break
-
 def extract(reply):
     """The final answer in a normalised reply. -> (text or None, name of the rule that found it)"""
     back = max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0)
     reply = reply[back:]  # what came before is withdrawn, whether another answer follows or not
-    marks = [*boxed(reply), *((m.start(1), m[1]) for mark in MARKS for m in mark.finditer(reply))]
+    marks = [(m.start(1), m[1]) for mark in MARKS for m in mark.finditer(reply)]
     if marks:
         (last, text), *rest = sorted(marks, reverse=True)
         if rest and rest[0][1] != text and re.fullmatch(
@@ -176,11 +170,12 @@ def extract(reply):
         return None, "hedged" if lines else "nothing found"
     bare = [bare_value(line) for line in lines[:50]]  # several different ones: a list, none is stated
     sentences = SENTENCE.split(lines[-1].strip())
-    first, last, rule = lines[0], sentences[-1] or sentences[-2], "only line" if len(lines) == 1 else "first line"
+    first, last = lines[0], sentences[-1] or sentences[-2]
+    rule = "only line" if len(lines) == 1 else "first line"
     if bare[0] and len({*bare} - {None}) == 1:
         return clean(first), rule
     wordy = re.search(r"[^\W\d_]{2}", re.sub("sqrt|sin|cos|tan|log|ln|pi|inf|in|and|or", "", first))
-    if first == last and len(first) <= 60 and not (COPULA.search(first) and wordy) and not first.endswith("?"):
+    if first == last and len(first) <= 60 and not (COPULA.search(first) and wordy or first.endswith("?")):
         return clean(first), rule
     *before, text = COPULA.split(TAIL.sub("", last.rstrip(". ")))
     several = len(before) > 1 and re.search(r"[,;] ?[A-Z∠]\w*\s*$", before[-1])  # "BC = 6, AB = 5"
@@ -218,8 +213,10 @@ FUNCTIONS = {"sqrt": lambda x: power(x, Fraction(1, 2)), "sin": math.sin, "cos":
              "ln": math.log, "log": math.log10, "abs": abs}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: lambda a, b: power(a, b)}
-THINGS = re.compile(r"(.*\d\)?) ?((?!.*\b(?:not|and|n?or|does|is|are|than|to|plus|minus|times|over|squared|cubed|wrong|above|below|under|off|pairs?|half|halves|thirds?|quarters?|\w+ths?"
-                    r"|factorial|hundred|thousand|million|billion|dozen)\b)(?<= )[A-Za-z]{3,}(?: [A-Za-z]{3,})?|[个只条本人岁名块种次])")
+THINGS = re.compile(  # "5 apples", but not "5 million", "5 thirds", "5 or more"
+    r"(.*\d\)?) ?((?!.*\b(?:not|and|n?or|does|is|are|than|to|plus|minus|times|over|squared|cubed|wrong|above"
+    r"|below|under|off|pairs?|half|halves|quarters?|\w+ths?|thirds?|factorial|hundred|thousand|million"
+    r"|billion|dozen)\b)(?<= )[A-Za-z]{3,}(?: [A-Za-z]{3,})?|[个只条本人岁名块种次])")
 Number = namedtuple("Number", "values unit scale decimals")  # decimals: (places, digits)
 
 def power(a, b):
@@ -229,11 +226,9 @@ def power(a, b):
     if isinstance(a, Fraction) and b == Fraction(1, 2) and a >= 0:
         root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
         return root if root * root == a else math.sqrt(a)
-    if getattr(b, "denominator", 0) == 1:
-        return a ** int(b)
-    if a < 0 and b != Fraction(1, 3):
+    if a < 0 and b != Fraction(1, 3) and b != int(b):
         raise ValueError("no real value")
-    return math.copysign(float(abs(a)) ** float(b), a)
+    return a ** int(b) if getattr(b, "denominator", 0) == 1 else math.copysign(float(abs(a)) ** float(b), a)
 
 def value(node, k):
     """The value of a syntax tree at point k of its letters. What is not listed has none: nothing runs."""
@@ -308,8 +303,8 @@ def same_number(a, b):
     return all(map(near, left, right))
 
 def elements(text):
-    """"(4, 0]" -> ("(", ["4", "0"], "]"); "4, 0" -> ("", [...], ""); "x = 4, y = 0" -> (None, [...], None)."""
-    text = re.sub(r"^(?:\w in |[A-Z] ?(?=\())", "", re.sub(r"^[\w ]*= ?(?=[(\[{])", "", text.strip()))  # A(4, 0)
+    """"(4, 0]" -> ("(", ["4", "0"], "]"); "4, 0" -> ("", [...], ""); "x = 4, y = 0" -> (None, [...], None)"""
+    text = re.sub(r"^(?:[\w ]*= ?(?=[(\[{])|\w in |[A-Z] ?(?=\())", "", text.strip())  # A(4, 0), A = (4, 0)
     whole, depth, cuts = re.fullmatch(r"([(\[{])(.*)([)\]}])", text, re.S), 0, []
     inner = whole[2] if whole else text
     for i, c in enumerate(inner[:400]):
@@ -343,7 +338,7 @@ def proportional(a, b):
     return any(p) and any(q) and all(near(p[0] * q[k], p[k] * q[0]) for k in (1, 2))
 
 def same(found, gold):
-    """Whether two normalised answers are equal as sets, values, lists, relations, equations, or as plain text."""
+    """Whether two normalised answers are equal: as sets, lists, equations, values, relations or text."""
     found, gold = (re.sub("^([^±]*)±([^±]*)$", r"\1+\2 or \1-\2", text) for text in (found, gold))
     for joint in " or |或", "∪":
         some, others = re.split(joint, found), re.split(joint, gold)
@@ -372,7 +367,7 @@ def same_list(some, others):
     return len(some) == len(others) and all(map(same, some, others))
 
 def letter_of(found, n):
-    """(index of the option letter that an answer starts with or None, the text behind it). Not the article A."""
+    """-> (index of the option letter that an answer starts with, or None; what follows it). No article A."""
     m = re.match(r"[(\[]?([A-Z])(?:[)\].:]+|选项|项)?(?=$|\s|[^\w(=+*/^'-])", found) or re.fullmatch(
         r"[(\[]?([a-j])[)\]]?\.?", found)
     rest = found[m.end():] if m else ""
@@ -430,42 +425,44 @@ def score_answer(reply, gold, kind, choices=None):
 
 # ------------------------------------------------------------------------------------------------------------
 # The problems.  Every benchmark becomes a list of rows like those of data_gen.py: id, image_url, instruction,
-# answer, kind, choices, version where there is one, and groups: the lines of the report that the row counts in.
+# answer, kind, choices, version where there is one, and groups: lines of the report that the row counts in.
 # ------------------------------------------------------------------------------------------------------------
 def options_in(text):
     """"A. 3, 5;B. 0.5" or "A:40°\\nB:60°" -> the options; None unless the letters run A, B, C, ..."""
     _, *found = re.split(r"(?:^|[;；\n])\s*([A-J])\s*[.:．：]", text)
     ordered = found and ascii_uppercase.startswith("".join(found[::2]))
-    return [option.strip(" ;.\n") for option in found[1::2]] if ordered else None
+    return [option.strip().rstrip(" ;.") for option in found[1::2]] if ordered else None
 
 def mathverse(row):
     """arXiv 2403.14624. Versions get the names of our ladder; what is text only is counted apart."""
     version, meta = row["problem_version"].lower().replace(" ", "_"), row["metadata"]
     LADDER[version]  # a KeyError for another one
-    asked = row.get("question_for_eval") or row["question"]  # where the question is in the picture, this is ""
+    asked = row.get("question_for_eval") or row["question"]  # vision_only: ""
     place = ("text only, " if version == "text_only" else "") + "{}: " + meta["subject"]
     return dict(id=row["sample_index"], image_url=row["image"], instruction=row["query_cot"], version=version,
-                kind={"multi-choice": "choice", "free-form": "free"}[row["question_type"]], answer=row["answer"],
-                choices=options_in(asked.partition("Choices:")[2]),
+                kind={"multi-choice": "choice", "free-form": "free"}[row["question_type"]],
+                answer=row["answer"], choices=options_in(asked.partition("Choices:")[2]),
                 groups=[place.format("subject"), f"{place.format('subfield')}, {meta['subfield']}"])
 
 HINTS = {"choice_text": "option letter, e.g., A, B, C, D", "integer": "integer, e.g., 1, 2, 3",
-         "float": "number with {precision} decimal place(s)", "list": "list, e.g., [1, 2, 3]", "free": "answer"}
+         "float": "number with {precision} decimal place(s)", "list": "list, e.g., [1, 2]", "free": "answer"}
 
 def mathvista(row):
     """arXiv 2310.02255. The prompt shows the options; the released Math-PUMA code withholds them."""
-    options, meta, unit = row["choices"] or [], row["metadata"], f" (Unit: {row['unit']})" if row["unit"] else ""
+    options, meta = row["choices"] or [], row["metadata"]
+    unit = f" (Unit: {row['unit']})" if row["unit"] else ""
     kind = "choice_text" if options else row["answer_type"].replace("text", "free")
     words = [row["question"] + unit, *(f"({c}) {option}" for c, option in zip(ascii_uppercase, options)),
              f"Please give the final {HINTS[kind].format(**row)}, at the end."]
     if options and row["answer"] not in options:
         raise ValueError("the answer is not one of the choices")
-    return dict(id=row["pid"], image_url=row["image"], instruction="\n".join(words), kind=kind, choices=options,
-                answer=row["answer"], groups=["ALL", f"question type: {row['question_type']}",
-                                              f"task: {meta['task']}", *(f"skill: {s}" for s in meta["skills"])])
+    return dict(id=row["pid"], image_url=row["image"], instruction="\n".join(words), kind=kind,
+                choices=options, answer=row["answer"],
+                groups=["ALL", f"question type: {row['question_type']}", f"task: {meta['task']}",
+                        *(f"skill: {skill}" for skill in meta["skills"])])
 
 def wemath(row):
-    """arXiv 2407.01284. The steps and the composite ("multi") of one ID, 2steps_7 or 3stpes_7, are a group."""
+    """arXiv 2407.01284. Steps and composite ("multi") of one ID, "2steps_7" or "3stpes_7", are a group."""
     steps, key = row["ID"][0], row["key"]
     if not re.fullmatch(rf"[23].*/{steps}steps_(?:[1-{steps}]|multi)", id := f"{row['ID']}/{key}"):
         raise ValueError(f"no step has the name {id}")
@@ -487,13 +484,15 @@ def load_items(args):
         try:
             with open(path, encoding="utf-8-sig") as f:
                 rows = json.load(f)
-        except (OSError, ValueError, RecursionError) as error:
+            rows = list(rows.values() if isinstance(rows, dict) else rows)  # MathVista: {pid: row}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             sys.exit(f"{path}: {error}: {help}")
-        for number, row in enumerate(rows.values() if isinstance(rows, dict) else rows, 1):
+        for number, row in enumerate(rows, 1):
             try:
                 item = BENCHMARKS[args.benchmark](row)
-                for field in ("id", "image_url", "instruction", "answer"):
-                    if not isinstance(item[field], str) or not item[field] and item.get("version") != "text_only":
+                for field in ("id", "instruction", "answer", "image_url"):
+                    optional = field == "image_url" and item.get("version") == "text_only"
+                    if not isinstance(item[field], str) or not (item[field] or optional):
                         raise ValueError(f"no {field}")
             except (LookupError, ValueError, TypeError, AttributeError) as error:
                 sys.exit(f"{path}: row {number} is malformed ({error!r}): {help}")
@@ -515,7 +514,7 @@ def picture_bytes(items, root):
         if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
             sys.exit(f"{item['id']}: picture {name!r} lies outside of {root!r}: correct the name")
         if name and not os.path.isfile(path):
-            sys.exit(f"{item['id']}: picture {path} does not exist: name the folder of the pictures with --images")
+            sys.exit(f"{item['id']}: picture {path} does not exist: name their folder with --images")
         total += os.path.getsize(path) if name else 0
     return total
 
@@ -524,7 +523,7 @@ def picture_bytes(items, root):
 # batch at a time, so a killed run loses one batch; at the end it is written anew, with marks, in order of id.
 # ------------------------------------------------------------------------------------------------------------
 def read_replies(path, own=False):
-    """JSONL of id and reply -> (header or {}, {id: reply}). own: we wrote it, so its last line may be torn."""
+    """JSONL of id and reply -> (header or {}, {id: reply}). own: ours, its last line may be torn."""
     header, replies = {}, {}
     try:
         with open(path, "rb") as f:  # bytes: text mode would also break lines at U+2028
@@ -553,17 +552,18 @@ def write_jsonl(path, rows):
 
 def generate_replies(vlm, tokenizer, items, root, args):
     """Greedy replies -> lists of (item, reply), a batch each."""
-    device, stop, tokens, begun = next(vlm.parameters()).device, tokenizer.eos_token_id, 0, time.time()
+    device, stop, pad = next(vlm.parameters()).device, tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokens, begun = 0, time.time()
     # Alike lengths share a batch, the longest come first: if memory does not suffice, it shows at once.
     items = sorted(items, key=lambda item: (not item["image_url"], -len(item["instruction"])))
     with tqdm(total=len(items), desc="replies", disable=not sys.stderr.isatty()) as bar:
         for part in (items[k:k + args.batch_size] for k in range(0, len(items), args.batch_size)):
             # max_length: positions are rotary, no prompt is too long to be read
-            batch = make_batch(vlm, tokenizer, part, root=root, max_length=sys.maxsize, answer=False).to(device)
-            # float32 on a CPU: the same reply in any batch.  bfloat16 on a GPU: last bits depend on the batch,
-            # and now and then a token does.
+            batch = make_batch(vlm, tokenizer, part, root=root, max_length=sys.maxsize, answer=False)
+            # float32 on a CPU: the same reply in any batch.  bfloat16 on a GPU: the last bits depend on the
+            # batch, and now and then a token does.
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                out = vlm.generate(batch, args.max_new_tokens, stop, tokenizer.pad_token_id).tolist()
+                out = vlm.generate(batch.to(device), args.max_new_tokens, stop, pad).tolist()
             out = [ids[:ids.index(stop)] if stop in ids else ids for ids in out]
             tokens += sum(map(len, out))
             bar.set_postfix_str(f"{tokens / (time.time() - begun):,.0f} tokens/s", refresh=False)
@@ -617,11 +617,13 @@ def evaluate(name, items, root, args):
         replies = model_replies(name, path, header, some, root, args)
     if absent := [item["id"] for item in some if item["id"] not in replies]:
         print(f"{len(absent)} of {len(some)} ids have no reply, {absent[0]!r} first: counted as wrong")
-    scores = {i["id"]: score_answer(replies.get(i["id"], ""), i["answer"], i["kind"], i["choices"]) for i in items}
+    mark = lambda i: score_answer(replies.get(i["id"], ""), i["answer"], i["kind"], i["choices"])
+    scores = {item["id"]: mark(item) for item in items}
     write_jsonl(path, [header, *(
         {"id": i["id"], "prompt": i["instruction"], "reply": replies[i["id"]], **scores[i["id"]]._asdict()}
         for i in items if i["id"] in replies)])  # beyond --limit too: nothing that was decoded gets lost
-    result = {"benchmark": args.benchmark, **report(args.benchmark, some, scores), "seconds": time.time() - begun}
+    result = {"benchmark": args.benchmark, **report(args.benchmark, some, scores),
+              "seconds": time.time() - begun}
     with open(os.path.join(folder, "eval.json"), "w") as f:
         json.dump(result, f, indent=1)
     return result
@@ -652,9 +654,9 @@ def count_by(items, scores, names, start=()):
 def outcomes(groups, scores):
     """We-Math's diagnosis of its groups, in shares of them. Strict: all steps have to be right; loose: one.
 
-    IK  insufficient knowledge: composite wrong, a step too       CM  complete mastery: composite right, steps too
-    IG  inadequate generalization: composite wrong, steps right   RM  rote memorization: composite right, no CM;
-                                                                      a share of the right composites
+    IK  insufficient knowledge: composite and a step wrong    CM  complete mastery: composite right, steps too
+    IG  inadequate generalization: only composite wrong     RM  rote memorization: composite right, no CM
+                                                                (a share of the right composites)
     """
     marks = [[scores[item["id"]].match for item in group] for group in groups]  # the composite is the last
     result, n = {"complete_groups": len(groups)}, max(1, len(groups))
@@ -689,21 +691,25 @@ def report(benchmark, items, scores):
 def table(results):
     """{model: eval.json} -> text with a column for each model."""
     percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
-    cell = lambda c: f"{percent(share(c)):>5s} [{', '.join(f'{percent(x):>{4 + k}s}' for k, x in enumerate(interval(c)))}]"
-    columns, n = [], max((c["n"] for r in results.values() for c in r.get("versions", {}).values()), default=0)
+    ends = lambda c: "[{:>4s}, {:>5s}]".format(*map(percent, interval(c)))
+    cell = lambda c: f"{percent(share(c)):>5s} {ends(c)}" if c["n"] else "-"
+    n = max((c["n"] for r in results.values() for c in r.get("versions", {}).values()), default=0)
+    columns = []
     for name, result in results.items():
         versions, lines = result.get("versions", {}), {"": name}
-        lines |= {version: cell(versions[version]) if versions[version]["n"] else "-" for version in LADDER if versions}
-        lines |= {label: percent(result[key]) for label, key in (
-            ("ALL (with picture)", "all"), ("gap TD - VO", "gap"), ("relative gap, %", "relative_gap")) if versions}
+        lines |= {version: cell(versions[version]) for version in LADDER if versions}
+        means = {"ALL (with picture)": "all", "gap TD - VO": "gap", "relative gap, %": "relative_gap"}
+        lines |= {label: percent(result[key]) for label, key in means.items() if versions}
         lines |= {f"{group} (n={c['n']})": cell(c) for group, c in result.get("groups", {}).items()}
-        lines |= {f"{rule} {key}": percent(x) for rule in ("strict", "loose") for key, x in result.get(rule, {}).items()}
+        lines |= {f"{rule} {key}": percent(x) for rule in ("strict", "loose")
+                  for key, x in result.get(rule, {}).items()}
         lines |= {"complete groups": str(result["complete_groups"])} if "strict" in result else {}
         unparsed = result.get("unparsed", sum(c["unparsed"] for c in versions.values()))
         columns.append(lines | {"unparsed": str(unparsed)})
     side, width = max(map(len, columns[0])), max(22, *(len(name) + 2 for name in results))
-    return "\n".join([f"accuracy in %{f', {n} problems a version' * bool(n)} [95 % interval]", *(
-        f"{label:{side}s}" + "".join(f"{column[label]:>{width}s}" for column in columns) for label in columns[0])])
+    rows = [f"{label:{side}s}" + "".join(f"{column[label]:>{width}s}" for column in columns)
+            for label in columns[0]]
+    return "\n".join([f"accuracy in %{f', {n} problems a version' * bool(n)} [95 % interval]", *rows])
 
 def draw_chart(results, path):
     """A PNG: bars by version, one shade for each model, whiskers = 95 % intervals."""
@@ -725,8 +731,8 @@ def draw_chart(results, path):
             low, high = map(level, interval(count))
             draw.line([x + bar / 2 - 1, low, x + bar / 2 - 1, high], fill="black")
     for j, version in enumerate(LADDER):
-        draw.text((60 + (j + .5) * group, 330), version.replace("_", "\n"), font=font, fill="black", anchor="ma",
-                  align="center")
+        draw.text((60 + (j + .5) * group, 330), version.replace("_", "\n"), font=font, fill="black",
+                  anchor="ma", align="center")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     image.save(path)
 
@@ -742,8 +748,9 @@ def show(args, items, root):
                for item, reply in part}
     for item in some:
         score = score_answer(replies[item["id"]], item["answer"], item["kind"], item["choices"])
-        print(f"\n{item.get('version', item['id'])}: {item['instruction']}  [{item['image_url'] or 'no picture'}]"
-              f"\n  {replies[item['id']]}\n  {'right' if score.match else 'WRONG'}: {score.extracted!r}, "
+        picture = item["image_url"] or "no picture"
+        print(f"\n{item.get('version', item['id'])}: {item['instruction']}  [{picture}]\n"
+              f"  {replies[item['id']]}\n  {'right' if score.match else 'WRONG'}: {score.extracted!r}, "
               f"found by the rule {score.rule!r}")
 
 def main(argv=None):
@@ -762,8 +769,8 @@ def main(argv=None):
         chart = args.chart or f"out/accuracy{'' if builtin else '_mathverse'}.png"
         draw_chart(results, chart)
         print(f"chart: {chart}; ", end="")
-    print("every reply and its mark: replies.jsonl in " + ("the model folders" if builtin and not args.replies else
-                                                           ", ".join(folder_of(name, args) for name in names)))
+    where = "the model folders" if args.models and builtin else ", ".join(folder_of(n, args) for n in names)
+    print(f"every reply and its mark: replies.jsonl in {where}")
 
 if __name__ == "__main__":
     main()
