@@ -1,14 +1,17 @@
-"""Accuracy by problem version, and the gap between reading a problem and seeing it.
+"""Accuracy by problem version, the gap between reading a problem and seeing it, and three public benchmarks.
 
     python eval.py out/stage1 out/stage2 out/stage3   # table, out/accuracy.png, eval.json in each folder
     python eval.py out/stage2 --show 0                # a test problem, its six versions: prompt, reply, mark
+    python eval.py out/stage3 --benchmark mathvista --data testmini.json --images FOLDER
+    python eval.py --benchmark wemath --data testmini.json --replies replies.jsonl   # marks only, no model
 
 Replies are decoded greedily and marked by `score_answer`: fixed rules, no judge, the same mark every time.
-In this order: the scorer, the replies, the reports.
+In this order: the scorer, the problems, the replies, the reports.
 """
 import argparse
 import ast
 import functools
+import hashlib
 import json
 import math
 import operator
@@ -26,21 +29,31 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data_gen import LADDER
-from model import load_vlm, make_batch, read_rows
+from model import load_vlm, make_batch, read_rows, sha256
 
 IMAGE_VERSIONS = [version for version, (_, picture) in LADDER.items() if picture]
+RULE_BASED = "rule-based: not comparable with judge-based papers"
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("models", nargs="+", help="model folders, or run folders with step-N checkpoints in them")
-    add("--data", default="data", help="folder of data_gen.py")
+    add("models", nargs="*", help="model folders, or run folders with step-N checkpoints in them")
+    add("--benchmark", default="builtin", choices=["builtin", *BENCHMARKS], help="whose problems")
+    add("--data", nargs="+", default=["data"],
+        help="folder of data_gen.py; for a public benchmark its testmini.json (MathVerse: one file or both)")
+    add("--images", help="folder where a public benchmark's picture names start (default: that of --data)")
+    add("--replies", metavar="FILE", help="mark these replies, JSONL of id and reply, instead of a model's")
+    add("--out", help="folder for the marks of --replies (default: its name without .jsonl)")
     add("--limit", type=int, default=None, help="use only the first so many test problems")
     add("--batch_size", type=int, default=100, help="prompts decoded at once; replies do not depend on it")
-    add("--max_new_tokens", type=int, default=64, help="cut a reply here (the longest solution has about 55)")
-    add("--chart", default="out/accuracy.png", help="bar chart to write")
+    add("--max_new_tokens", type=int, default=64,
+        help="cut a reply here (the longest built-in solution has about 55; give a real model 1024)")
+    add("--chart", help="bar chart by version to write (default: out/accuracy.png)")
     add("--show", type=int, default=None, metavar="I", help="print the replies to test problem I")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.models) == bool(args.replies):
+        parser.error("name model folders (before the flags) or --replies FILE")
+    return args
 
 # ------------------------------------------------------------------------------------------------------------
 # The scorer.  A reply is text that is searched and compared, never run.  In the order of the code: one
@@ -53,9 +66,9 @@ KINDS = ("choice", "choice_text", "integer", "float", "list", "free")
 Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text that was marked; why that text
 SPELLING = [line.split() for line in (  # the last one of a line replaces the others
     "Â° 掳 º ˚ ^{\\circ} ^\\circ ^{°} ^° \\circ ^{\\degree} ^\\degree \\degree °", "× \\times \\cdot · ⋅ *",
-    "÷ \\div /", "√ sqrt", "∞ \\infty inf", "− – — -", "\\leqslant \\leq ⩽ ≤ ≦ <=",
-    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ !=", "\\lt <", "\\gt >", "\\approx ≈ =",
-    "\\angle ∠", "\\{ {", "\\} }", "\\% %")]
+    "÷ \\div /", "√ sqrt", "∞ \\infty inf", "− – — -", "\\leqslant \\leq ⩽ ≤ ≦ <=", "\\cup ∪", "\\pm ±",
+    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠", "\\{ {",
+    "\\} }", "\\% %")]
 LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out, a level a turn
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}", r"\1"),
     (r"\^\{([^{}]*)\}", r"^(\1)"), (r"\\[dtc]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"((\1)/(\2))"),
@@ -65,7 +78,8 @@ LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out
 
 def normalise(text):
     """One spelling for one thing: Unicode forms, signs, LaTeX. -> str.  Linear in the length of the text."""
-    text = re.sub(r"(?<=[\w)])\*\*(?=[\d(])", "^", text.rpartition("</think>")[2])  # thinking is no answer
+    text = text.rpartition("</think>")[2].partition("<think>")[0]  # thinking is no answer
+    text = re.sub(r"(?<=[\w)])\*\*(?=[\d(])", "^", text)
     text = re.sub(r"\\left|\\right|\\displaystyle|\\!|\{,\}|\*\*|[$`]", "", text)
     nfkc = functools.partial(unicodedata.normalize, "NFKC")
     text = re.sub("[½⅓⅔¼¾⅕⅛]", lambda m: f" {nfkc(m[0])}", text)  # NFKC alone: 3½ is 31/2, 10⁵ is 105
@@ -84,48 +98,52 @@ def normalise(text):
 
 # Where a final answer stands.  Inside a class of places the last one wins: replies correct themselves.
 MARKS = [re.compile(p) for p in (  # made for it
+    r"\\f?box(?:ed)?\s?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\}){0,400})\}",
     r"<answer>([^<]*)</answer>", r"\[\[([^\[\]]*)\]\]", r"####\s?([^\n]*)", r"†\s?Answer\s?:\s?([^\n†]*)",
-    r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]
+    r"<Answer>\s?:?\s?<<([^<>]*)>>", r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]
 REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
 PHRASES = re.compile(  # said in words
-    r"(?:\banswers?(?: to (?:the|this) (?:question|problem))?|\b(?:correct|right|best) (?:option|choice|one)"
-    r"|答案|\b(?:option|choice) that is correct)"
+    r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"
+    r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确的|\b(?:option|choice) that is correct)"
     r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|(?=不是))"
-    rf"\s?:?\s?{REST}|\b(?:it|that|this) (?:should|must) be {REST}|(?:故选|应选|选择|选)\s?:?\s?{REST}"
-    rf"|\b(?:choose|select|pick|go with)\b(?: option| choice)? {REST}"
-    rf"|(?<![\w']){LETTER} (?:is|would be|must be) (?:the )?(?:correct|right|best)\b"
-    rf"|\b(?:option|choice) {LETTER} is (?:the )?(?:correct|right|best|true)\b", re.I)
+    rf"\s?:?\s{{0,3}}{REST}|\b(?:it|that|this) (?:should|must) be {REST}"
+    rf"|(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}"
+    rf"|\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}"
+    rf"|\b(?:so|it is|it's) {LETTER}(?=[.!]?$)|选项\s?{LETTER}\s?正确"
+    rf"|(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
+    r" (?:the )?(?:correct|best|true|right(?: answer| option| choice| one|[.,!]))", re.I)
 HEDGE = re.compile(
-    r"\b(?:might|maybe|perhaps|probably|possibly|may be|could be|not (?:\w+ )?(?:sure|certain)|unsure|guess"
-    r"|either|cannot (?:be )?(?:determined?|say|tell)|can't (?:tell|say))\b|可能|也许|不确定|无法确定", re.I)
-TAKEN_BACK = re.compile(r"\b(?:wait|actually|correction|scratch that|on second thought)\b|等等|不对|更正", re.I)
-NOT = re.compile(r"(?:not|n't|neither|never)\b|不", re.I)
-END = re.compile(
-    r"(?<=[^A-Z.])\.(?=\s|$)|。|;|,? (?:because|since|so that|which|where)\b|, (?:so|as|and) |,? 因为")
-LEAD = re.compile(
-    r"(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice|the)\s+", re.I)
+    r"\b(?:might|maybe|perhaps|probably|possibly|likely|may be|could be|seems?|appears?|unsure|guess|either"
+    r"|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)|can't (?:tell|say))\b"
+    r"|可能|也许|不确定|无法确定", re.I)
+TAKEN_BACK = re.compile(
+    r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|on second thought)\b"
+    r"|\b(?:this|that|it) (?:is|was) (?:wrong|incorrect|a mistake|not (?:right|correct))|等等|不对|更正", re.I)
+SUPPOSED = re.compile(r"\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b[^,]*$"
+                      r"|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|不要?$"
+                      r"|\b(?:option|choice) [A-J] ?$", re.I)
+NOT = re.compile(r"(?:not|n't|neither|never)\b|\bno longer\b|contradict|不|≠|!=", re.I)
+COPULA = re.compile(r"(?<![<>!])=|\b(?:is|are|be|was|equals)\b(?: at(?= \())?|等于|为|是|共有")
+SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
+END = re.compile(  # what follows a candidate
+    r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b|, (?:so|as|and|about|or about) "
+    r"|,? (?:i\.e\.|因为)|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
+LEAD = re.compile(r"(?:(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice"
+                  r"|the)\s+|选项\s?)", re.I)
+TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether)$")
+LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")
 
 def clean(text):
     """A candidate without the words around it."""
-    text = END.split(text.strip(), maxsplit=1)[0].rstrip(" .,:!\"'*\n").lstrip(" ,:!\"'*\n")
-    return text[m.end():] if (m := LEAD.match(text)) else text
-
-def boxed(reply):
-    """(place, content) of the last \\boxed{...}s, braces balanced."""
-    for start in [m.end() for m in re.finditer(r"\\f?box(?:ed)?\s?\{", reply)][-9:]:
-        depth = 1
-        for end in range(start, min(len(reply), start + 500)):
-            depth += {"{": 1, "}": -1}.get(reply[end], 0)
-            if depth == 0:
-                yield start, reply[start:end]
-                break
+    text = END.split(text.strip(), maxsplit=1)[0].strip(" ,:\"'*\n").rstrip(" .,:")
+    text = re.sub("(?<=[a-z]{2})!$", "", text)  # 4! is 24
+    return TAIL.sub("", text[m.end():] if (m := LEAD.match(text)) else text)
 
 def extract(reply):
     """The final answer in a normalised reply. -> (text or None, name of the rule that found it)"""
     back = max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0)
-    if back and (later := extract(reply[back:]))[0]:
-        return later
-    marks = [*boxed(reply), *((m.start(1), m[1]) for mark in MARKS for m in mark.finditer(reply))]
+    reply = reply[back:]  # what came before is withdrawn, whether another answer follows or not
+    marks = [(m.start(1), m[1]) for mark in MARKS for m in mark.finditer(reply)]
     if marks:
         (last, text), *rest = sorted(marks, reverse=True)
         if rest and rest[0][1] != text and re.fullmatch(
@@ -133,13 +151,16 @@ def extract(reply):
             return None, "two answers marked"
         return text.strip() or None, "answer mark"
     found = None
-    for m in PHRASES.finditer(reply):
-        text, before = next(filter(None, m.groups())), reply[max(0, m.start() - 40):m.start()]
+    for m in [*PHRASES.finditer(reply)][-200:]:  # a hostile reply has thousands
+        text = next(filter(None, m.groups()))
+        before = SENTENCE.split(reply[max(0, m.start() - 80):m.start()])[-1]
+        if found and m[0].lower().startswith("and"):
+            return None, "two answers stated"
         if NOT.match(text):  # "not B but C" states C; "not B" takes back what was said before if that was B
             other = re.search(r"(?:\bbut\b|\bit is\b|\bit's\b|而是) ?(.+)", text)
             same_again = found and clean(text[3:]) == clean(found[1])
             found = (m, other[1]) if other else None if same_again else found
-        elif not re.search(r"(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$", before):
+        elif not SUPPOSED.search(before) and not re.match(r"[^.!]*\?", text):
             found = m, text
     if found:
         said = reply[reply.rfind(".", 0, found[0].start()) + 1:]  # and what follows: a doubt may come late
@@ -147,18 +168,29 @@ def extract(reply):
     lines = [line.strip(" #*") for line in reply.split("\n") if line.strip(" #*")]
     if not lines or HEDGE.search(reply[-300:]):
         return None, "hedged" if lines else "nothing found"
-    label = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")
-    first, labels = lines[0], {m[1] for m in map(label.match, lines) if m}  # several: it lists the options
-    bare = re.sub("sqrt|sin|cos|tan|log|ln|pi|inf|in|and|or", "", first)
-    formula = re.search("[=<>]", first) and not re.search(r"[^\W\d_]{2}", bare)
-    words = not re.search(r"[=<>]|\b(?:is|are|has|have)\b", first)
-    if len(labels) == 1 and label.match(first) or len(first) <= 60 and (
-            number(unlabel(clean(first))[1]) or len(lines) == 1 and (formula or words)):
-        return clean(first), "first line" if len(lines) > 1 else "only line"
-    *_, last = [s for s in re.split(r"(?<=[^A-Z.])[.!。](?:\s|$)", lines[-1]) if s.strip()] or [""]
-    text = re.split(r"(?<![<>!])=|\b(?:is|are|be|equals)\b|为|是|等于", last)[-1]
-    stated = text != last and len(text) <= 60 and not NOT.search(last)
-    return (clean(text), "last sentence") if stated else (None, "nothing found")
+    bare = [bare_value(line) for line in lines[:50]]  # several different ones: a list, none is stated
+    sentences = SENTENCE.split(lines[-1].strip())
+    first, last = lines[0], sentences[-1] or sentences[-2]
+    rule = "only line" if len(lines) == 1 else "first line"
+    if bare[0] and len({*bare} - {None}) == 1:
+        return clean(first), rule
+    wordy = re.search(r"[^\W\d_]{2}", re.sub("sqrt|sin|cos|tan|log|ln|pi|inf|in|and|or", "", first))
+    if first == last and len(first) <= 60 and not (COPULA.search(first) and wordy or first.endswith("?")):
+        return clean(first), rule
+    *before, text = COPULA.split(TAIL.sub("", last.rstrip(". ")))
+    several = len(before) > 1 and re.search(r"[,;] ?[A-Z∠]\w*\s*$", before[-1])  # "BC = 6, AB = 5"
+    cut = len(sentences) > 1 and re.search(r"\w$", last)  # the reply ends within a sentence
+    if before and len(text) <= 60 and not (several or cut or last.endswith("?") or NOT.search(last)
+                                           or SUPPOSED.search("=".join(before))):
+        return clean(text) or None, "last sentence"
+    return None, "nothing found"
+
+def bare_value(line):
+    """The letter or value of a line that is no more than that, else None."""
+    if label := LABEL.match(line):
+        return label[1]
+    value = unlabel(clean(line))[1] if len(line) <= 60 and not SUPPOSED.search(line.partition("=")[0]) else ""
+    return value if number(value) else None
 
 # Units: what they measure (a power of a length, ...) and how many of the first of its kind they are.
 UNITS = {name: (kind, Fraction(amount)) for kind, group in (
@@ -181,6 +213,10 @@ FUNCTIONS = {"sqrt": lambda x: power(x, Fraction(1, 2)), "sin": math.sin, "cos":
              "ln": math.log, "log": math.log10, "abs": abs}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: lambda a, b: power(a, b)}
+THINGS = re.compile(  # "5 apples", but not "5 million", "5 thirds", "5 or more"
+    r"(.*\d\)?) ?((?!.*\b(?:not|and|n?or|does|is|are|than|to|plus|minus|times|over|squared|cubed|wrong|above"
+    r"|below|under|off|pairs?|half|halves|quarters?|\w+ths?|thirds?|factorial|hundred|thousand|million"
+    r"|billion|dozen)\b)(?<= )[A-Za-z]{3,}(?: [A-Za-z]{3,})?|[个只条本人岁名块种次])")
 Number = namedtuple("Number", "values unit scale decimals")  # decimals: (places, digits)
 
 def power(a, b):
@@ -190,11 +226,9 @@ def power(a, b):
     if isinstance(a, Fraction) and b == Fraction(1, 2) and a >= 0:
         root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
         return root if root * root == a else math.sqrt(a)
-    if getattr(b, "denominator", 0) == 1:
-        return a ** int(b)
-    if a < 0 and b != Fraction(1, 3):
+    if a < 0 and b != Fraction(1, 3) and b != int(b):
         raise ValueError("no real value")
-    return math.copysign(float(abs(a)) ** float(b), a)
+    return a ** int(b) if getattr(b, "denominator", 0) == 1 else math.copysign(float(abs(a)) ** float(b), a)
 
 def value(node, k):
     """The value of a syntax tree at point k of its letters. What is not listed has none: nothing runs."""
@@ -234,10 +268,11 @@ def expression(text):
 def number(text):
     """A text as Number, or None: "12 cm^2", "3 1/2", "1,200", "2sqrt(3)", "x+1", "50%", "seven"."""
     text = re.sub(r"^(?:approximately|about|roughly|=) ?", "", text.strip().rstrip(".").strip()[:121])
-    text = re.sub(r"(?<![\d.])(\d{1,3}(?:,\d{3})+)(?!\d)", lambda m: m[1].replace(",", ""), text)
+    text = re.sub(r"(?<![\d.])(\d{1,3}(?:[, ]\d{3})+)(?!\d)", lambda m: re.sub("[, ]", "", m[1]), text)
     text = re.sub(r"^(-?)(\d+) ?(?:\(\((\d+)\)/\((\d+)\)\)|(?<= )(\d+)/(\d+))", r"\1(\2+\3\5/\4\6)", text)
+    text = re.sub(r"(\d)[eE]([+-]?\d+)", r"\1*10^(\2)", text)
     text = re.sub(r"^[A-Za-z]+\b", lambda m: str(WORDS.get(m[0].lower(), m[0])), text)
-    text, unit, scale = re.sub(r" ?\b(?:square |cubic )?units?$", "", text), None, 1
+    text, unit, scale = re.sub(r" ?\b(?:square |sq\.? |cubic )?units?$", "", text), None, 1
     if (m := UNIT.fullmatch(text)) and expression(m[1]):
         raised = int(m[4] or POWERS.get((m[2] or m[5] or "").strip(" ."), 1))
         text, (kind, scale) = m[1], UNITS[m[3]]
@@ -246,7 +281,7 @@ def number(text):
             unit, scale = f"{unit}/{UNITS[m[6]][0]}", scale / UNITS[m[6]][1]
         if unit == "radian":
             unit, scale = "angle", 180 / math.pi
-    elif m := re.fullmatch(r"(.*\d\)?) ([A-Za-z]{3,}[A-Za-z ]*)", text):
+    elif m := THINGS.fullmatch(text):
         text, unit = m[1], m[2].lower().removesuffix("s")  # "5 apples"
     values, plain = expression(text), re.fullmatch(r"[+-]?\d*\.(\d+)", text)
     decimals = (len(plain[1]), len(text.lstrip("+-0.").replace(".", ""))) if plain else None
@@ -268,9 +303,10 @@ def same_number(a, b):
     return all(map(near, left, right))
 
 def elements(text):
-    """"(4, 0]" -> ("(", ["4", "0"], "]"); no brackets around it: ("", [...], "")."""
-    whole, depth, cuts = re.fullmatch(r"([(\[{])(.*)([)\]}])", text.strip(), re.S), 0, []
-    inner = whole[2] if whole else text.strip()
+    """"(4, 0]" -> ("(", ["4", "0"], "]"); "4, 0" -> ("", [...], ""); "x = 4, y = 0" -> (None, [...], None)"""
+    text = re.sub(r"^(?:[\w ]*= ?(?=[(\[{])|\w in |[A-Z] ?(?=\())", "", text.strip())  # A(4, 0), A = (4, 0)
+    whole, depth, cuts = re.fullmatch(r"([(\[{])(.*)([)\]}])", text, re.S), 0, []
+    inner = whole[2] if whole else text
     for i, c in enumerate(inner[:400]):
         depth += (c in "([{") - (c in ")]}")
         if depth < 0:  # "(1, 2) and (3, 4)"
@@ -279,13 +315,16 @@ def elements(text):
             cuts.append(i)
     parts = [inner[i + 1:j].strip() for i, j in zip([-1, *cuts], [*cuts, len(inner)])]
     if len(parts) == 1 and not whole:
-        parts = re.split(" and | or |和|或", inner)
+        parts = re.split(" and |和", inner)
+    named = [unlabel(part) for part in parts]
+    if len(named) > 1 and all(name for name, _ in named) and named == sorted(named):
+        return None, [value for _, value in named], None
     return (whole[1], parts, whole[3]) if whole else ("", parts, "")
 
 def unlabel(text):
     """"slope = -4" -> ("slope", "-4"); "2 + 2 = 4" -> ("", "4"); an equation proper stays whole."""
-    name = r"(?:[A-Za-z_∠△' ]|[A-Za-z]_?\d){0,40}(?:\([A-Za-z]\))?"
-    if m := re.fullmatch(rf" ?({name}) ?=(?:[^=]*=)* ?([^=]+)", text[-400:]):
+    name = r"(?:(?:[^\W\d]|[∠△' ])\d?){0,40}(?:\([A-Za-z]\))?"
+    if m := re.fullmatch(rf" ?({name}) ?=(?:[^=,]*=)* ?([^=]+)", text[-400:]):
         return m[1].strip(), m[2].strip()
     left, _, right = text.rpartition("=")
     return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.]+", left) else text
@@ -299,25 +338,28 @@ def proportional(a, b):
     return any(p) and any(q) and all(near(p[0] * q[k], p[k] * q[0]) for k in (1, 2))
 
 def same(found, gold):
-    """Whether two normalised answers are equal as values, lists, relations, equations, or as plain text."""
+    """Whether two normalised answers are equal: as sets, lists, equations, values, relations or text."""
+    found, gold = (re.sub("^([^±]*)±([^±]*)$", r"\1+\2 or \1-\2", text) for text in (found, gold))
+    for joint in " or |或", "∪":
+        some, others = re.split(joint, found), re.split(joint, gold)
+        if len(others) > 1:  # both roots, in any order
+            return len(some) == len(others) and all(any(same(a, b) for a in some) for b in others)
+        if len(some) > 1:
+            return all(same(part, gold) for part in some)  # "1/2 or 0.5"
+    some, others = elements(found), elements(gold)
+    if len(others[1]) > 1 or others[0] and not number(gold):
+        return (None in (some[0], others[0]) or some[::2] == others[::2]) and same_list(some[1], others[1])
     (name, f), (gold_name, g) = unlabel(found), unlabel(gold)
-    if len(name) == len(gold_name) == 1 and name != gold_name or "=" in re.sub("[<>!]=", "", f + g):
+    letters = {m[0] for text in (name, gold_name) if (m := re.search(r"(?:^| )(\w(?:\(\w\))?)$", text))}
+    if len(letters) > 1 and len({*map(len, letters)}) == 1 or "=" in re.sub("[<>!]=", "", f + g):
         return proportional(found, gold)  # "x = 4" is not "y = 4"
     if (x := number(f)) and (y := number(g)):
-        return same_number(x, y)
+        return same_number(x, y) or f.isalpha() and f.lower() == g.lower()
     relations = [re.split("(<=|>=|!=|<|>)", text) for text in (f, g)]
     if min(map(len, relations)) > 1:  # 3 > x is x < 3
         left, right = ([part.replace(">", "<") for part in r[::-1 if ">" in r[1] else 1]] for r in relations)
         return len(left) == len(right) and all(p == q if k % 2 else same(p.strip(), q.strip())
                                                for k, (p, q) in enumerate(zip(left, right)))
-    some, others = (elements(re.sub(r"^\w in ", "", text)) for text in (f, g))
-    if len(others[1]) > 1 or others[0]:
-        named = [unlabel(part) for part in elements(found)[1]]
-        if len(named) > 1 and all(n for n, _ in named) and named == sorted(named):  # "x = 4, y = 0" is (4, 0)
-            some = others[0], [v for _, v in named], others[2]
-        return some[::2] == others[::2] and same_list(some[1], others[1])
-    if len(both := re.split(" or |或", f)) > 1:
-        return all(same(part, g) for part in both)  # "1/2 or 0.5"
     bare = lambda text: re.sub(r"[\s.,:;!?'\"()]+", "", re.sub("^(?:the|a|an) ", "", text.lower()))
     return bare(f) == bare(g) != "" and not x and not number(g)
 
@@ -325,15 +367,16 @@ def same_list(some, others):
     return len(some) == len(others) and all(map(same, some, others))
 
 def letter_of(found, n):
-    """The index of the option letter that an answer starts with, or None. The article "A" is no letter."""
+    """-> (index of the option letter that an answer starts with, or None; what follows it). No article A."""
     m = re.match(r"[(\[]?([A-Z])(?:[)\].:]+|选项|项)?(?=$|\s|[^\w(=+*/^'-])", found) or re.fullmatch(
         r"[(\[]?([a-j])[)\]]?\.?", found)
     rest = found[m.end():] if m else ""
     if not m or re.match(r"\s*(?:,|/|&|、|or\b|and\b|或|和)\s*[(\[]?[A-J]\b", rest) or (
-            m[0] in "AI" and re.match(" (?!is |because |since |as )[a-z]", rest)):
-        return None
+            len(m[0]) == 1 and re.match(" (?!is |because |since |as |for )[a-z]", rest)) or re.search(
+            r"(?:^|[\s;])[(\[]?[A-J][.:)]", rest):  # it lists the options
+        return None, ""
     index = ascii_uppercase.index(m[1].upper())
-    return index if index < n else None
+    return index if index < n else None, rest
 
 def score_answer(reply, gold, kind, choices=None):
     """Mark one reply. -> Score(match, extracted, rule)
@@ -349,16 +392,18 @@ def score_answer(reply, gold, kind, choices=None):
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     reply, gold, options = normalise(reply), normalise(gold), [normalise(option) for option in choices or ()]
-    starts = [reply.lower()]  # "Yes, because ...": for options that are words their text is enough
-    if kind == "choice_text" and not TAKEN_BACK.search(reply):
-        starts.append(re.split(r"[,;:!\n]|\.(?=\s|$)", starts[0])[0])
-    said = [option for option in options if option.lower() in starts]
-    found, rule = (said[0], "first words") if said else extract(reply)
+    clauses = [c.strip() for c in re.split(r"[,;:!\n]|\.(?=\s|$)", reply.lower())]  # "Yes, because ..."
+    said = [o for o in options if o.lower() in (clauses if kind == "choice_text" else [reply.lower()])]
+    once = len(said) == 1 and reply.lower().startswith(said[0].lower()) and not TAKEN_BACK.search(reply)
+    found, rule = (said[0], "first words") if once else extract(reply)
     if found is None:
         return Score(False, None, rule)
     if kind in ("choice", "choice_text"):
-        index = letter_of(found, len(options) or 10)
-        equal = [k for k, option in enumerate(options) if same(found, option)]
+        index, rest = letter_of(found, len(options) or 10)
+        equal, also = ([k for k, option in enumerate(options) if same(clean(text), option)]
+                       for text in (found, rest))
+        if index is not None and also and index not in also:
+            return Score(False, found, rule + ", letter and text disagree")
         if index is None or (kind == "choice_text" and equal):
             rule += ", option text" if equal else ", no option"
             index = equal[0] if len(equal) == 1 else None
@@ -379,44 +424,205 @@ def score_answer(reply, gold, kind, choices=None):
     return Score(bool(abs(mine - y.values[0]) <= half), found, rule)
 
 # ------------------------------------------------------------------------------------------------------------
-# The replies
+# The problems.  Every benchmark becomes a list of rows like those of data_gen.py: id, image_url, instruction,
+# answer, kind, choices, version where there is one, and groups: lines of the report that the row counts in.
 # ------------------------------------------------------------------------------------------------------------
-def generate_replies(vlm, tokenizer, rows, root, batch_size, max_new_tokens):
-    """Greedy replies to the rows, in the order of the rows."""
-    device, stop = next(vlm.parameters()).device, tokenizer.eos_token_id
+def options_in(text):
+    """"A. 3, 5;B. 0.5" or "A:40°\\nB:60°" -> the options; None unless the letters run A, B, C, ..."""
+    _, *found = re.split(r"(?:^|[;；\n])\s*([A-J])\s*[.:．：]", text)
+    ordered = found and ascii_uppercase.startswith("".join(found[::2]))
+    return [option.strip().rstrip(" ;.") for option in found[1::2]] if ordered else None
+
+def mathverse(row):
+    """arXiv 2403.14624. Versions get the names of our ladder; what is text only is counted apart."""
+    version, meta = row["problem_version"].lower().replace(" ", "_"), row["metadata"]
+    LADDER[version]  # a KeyError for another one
+    asked = row.get("question_for_eval") or row["question"]  # vision_only: ""
+    place = ("text only, " if version == "text_only" else "") + "{}: " + meta["subject"]
+    return dict(id=row["sample_index"], image_url=row["image"], instruction=row["query_cot"], version=version,
+                kind={"multi-choice": "choice", "free-form": "free"}[row["question_type"]],
+                answer=row["answer"], choices=options_in(asked.partition("Choices:")[2]),
+                groups=[place.format("subject"), f"{place.format('subfield')}, {meta['subfield']}"])
+
+HINTS = {"choice_text": "option letter, e.g., A, B, C, D", "integer": "integer, e.g., 1, 2, 3",
+         "float": "number with {precision} decimal place(s)", "list": "list, e.g., [1, 2]", "free": "answer"}
+
+def mathvista(row):
+    """arXiv 2310.02255. The prompt shows the options; the released Math-PUMA code withholds them."""
+    options, meta = row["choices"] or [], row["metadata"]
+    unit = f" (Unit: {row['unit']})" if row["unit"] else ""
+    kind = "choice_text" if options else row["answer_type"].replace("text", "free")
+    words = [row["question"] + unit, *(f"({c}) {option}" for c, option in zip(ascii_uppercase, options)),
+             f"Please give the final {HINTS[kind].format(**row)}, at the end."]
+    if options and row["answer"] not in options:
+        raise ValueError("the answer is not one of the choices")
+    return dict(id=row["pid"], image_url=row["image"], instruction="\n".join(words), kind=kind,
+                choices=options, answer=row["answer"],
+                groups=["ALL", f"question type: {row['question_type']}", f"task: {meta['task']}",
+                        *(f"skill: {skill}" for skill in meta["skills"])])
+
+def wemath(row):
+    """arXiv 2407.01284. Steps and composite ("multi") of one ID, "2steps_7" or "3stpes_7", are a group."""
+    steps, key = row["ID"][0], row["key"]
+    if not re.fullmatch(rf"[23].*/{steps}steps_(?:[1-{steps}]|multi)", id := f"{row['ID']}/{key}"):
+        raise ValueError(f"no step has the name {id}")
+    return dict(id=id, image_url=row["image_path"], instruction=f"{row['question']}\n{row['option']}",
+                kind="choice", answer=row["answer"], choices=options_in(row["option"]),
+                groups=[f"S{steps if key.endswith('multi') else 1}"])
+
+BENCHMARKS = {"mathverse": mathverse, "mathvista": mathvista, "wemath": wemath}
+NOTES = {"mathvista": "; the prompts show the choices, the released Math-PUMA code withholds them",
+         "wemath": "; only groups with all their steps count"}
+
+def load_items(args):
+    """The problems in order of id, and the folder of their pictures. Exits with file and row at a bad row."""
+    if args.benchmark == "builtin":
+        fields = ("image_url", "instruction", "answer", "kind", "version", "id")
+        return read_rows(os.path.join(args.data[0], "test.jsonl"), fields), args.data[0]
+    items, help = {}, f"name the testmini.json of {args.benchmark} with --data"
+    for path in args.data:
+        try:
+            with open(path, encoding="utf-8-sig") as f:
+                rows = json.load(f)
+            rows = list(rows.values() if isinstance(rows, dict) else rows)  # MathVista: {pid: row}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            sys.exit(f"{path}: {error}: {help}")
+        for number, row in enumerate(rows, 1):
+            try:
+                item = BENCHMARKS[args.benchmark](row)
+                for field in ("id", "instruction", "answer", "image_url"):
+                    optional = field == "image_url" and item.get("version") == "text_only"
+                    if not isinstance(item[field], str) or not (item[field] or optional):
+                        raise ValueError(f"no {field}")
+            except (LookupError, ValueError, TypeError, AttributeError) as error:
+                sys.exit(f"{path}: row {number} is malformed ({error!r}): {help}")
+            if len(args.data) > 1 and item.get("version") == "text_only":
+                item["id"] = f"text_only/{item['id']}"  # both files of MathVerse count from 1
+            if item["id"] in items:
+                sys.exit(f"{path}: row {number}: id {item['id']!r} is there twice: {help}")
+            items[item["id"]] = item
+    if not items:
+        sys.exit(f"{args.data[0]} has no rows: {help}")
+    order = lambda id: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", id)]  # 9, 10
+    return [items[id] for id in sorted(items, key=order)], args.images or os.path.dirname(args.data[0])
+
+def picture_bytes(items, root):
+    """Size of all pictures together. Exits when one is missing or its name leads out of root."""
+    total = 0
+    for item in items:
+        name, path = item["image_url"], os.path.join(root, item["image_url"])
+        if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+            sys.exit(f"{item['id']}: picture {name!r} lies outside of {root!r}: correct the name")
+        if name and not os.path.isfile(path):
+            sys.exit(f"{item['id']}: picture {path} does not exist: name their folder with --images")
+        total += os.path.getsize(path) if name else 0
+    return total
+
+# ------------------------------------------------------------------------------------------------------------
+# The replies.  replies.jsonl: a header, then a row for each problem.  While a model is at work it grows by a
+# batch at a time, so a killed run loses one batch; at the end it is written anew, with marks, in order of id.
+# ------------------------------------------------------------------------------------------------------------
+def read_replies(path, own=False):
+    """JSONL of id and reply -> (header or {}, {id: reply}). own: ours, its last line may be torn."""
+    header, replies = {}, {}
+    try:
+        with open(path, "rb") as f:  # bytes: text mode would also break lines at U+2028
+            lines = f.readlines()
+    except OSError as error:
+        return ({}, {}) if own else sys.exit(f"{path}: {error}: name the file of replies with --replies")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+            if number == 1 and "benchmark" in row:
+                header = row
+            elif not isinstance(row["id"], str) or not isinstance(row["reply"], str) or row["id"] in replies:
+                raise ValueError("id and reply have to be strings, and no id may come twice")
+            else:
+                replies[row["id"]] = row["reply"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            if not own or line.endswith(b"\n"):
+                sys.exit(f'{path}:{number}: {error!r}: write {{"id": "...", "reply": "..."}}')
+    return header, replies if replies or own else sys.exit(f"{path} holds no replies")
+
+def write_jsonl(path, rows):
+    """All or nothing: under another name first."""
+    with open(f"{path}.part", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(f"{path}.part", path)
+
+def generate_replies(vlm, tokenizer, items, root, args):
+    """Greedy replies -> lists of (item, reply), a batch each."""
+    device, stop, pad = next(vlm.parameters()).device, tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokens, begun = 0, time.time()
     # Alike lengths share a batch, the longest come first: if memory does not suffice, it shows at once.
-    order = sorted(range(len(rows)),
-                   key=lambda i: (not rows[i]["image_url"], -len(rows[i]["instruction"]), i))
-    replies = [None] * len(rows)
-    with tqdm(total=len(rows), desc="replies", disable=not sys.stderr.isatty()) as bar:
-        for part in (order[k:k + batch_size] for k in range(0, len(order), batch_size)):
-            batch = make_batch(vlm, tokenizer, [rows[i] for i in part], root=root, answer=False).to(device)
+    items = sorted(items, key=lambda item: (not item["image_url"], -len(item["instruction"])))
+    with tqdm(total=len(items), desc="replies", disable=not sys.stderr.isatty()) as bar:
+        for part in (items[k:k + args.batch_size] for k in range(0, len(items), args.batch_size)):
+            # max_length: positions are rotary, no prompt is too long to be read
+            batch = make_batch(vlm, tokenizer, part, root=root, max_length=sys.maxsize, answer=False)
+            # float32 on a CPU: the same reply in any batch.  bfloat16 on a GPU: the last bits depend on the
+            # batch, and now and then a token does.
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                out = vlm.generate(batch, max_new_tokens, stop, tokenizer.pad_token_id)
-            for i, ids in zip(part, out.tolist()):
-                replies[i] = tokenizer.decode(ids[:ids.index(stop)] if stop in ids else ids)
+                out = vlm.generate(batch.to(device), args.max_new_tokens, stop, pad).tolist()
+            out = [ids[:ids.index(stop)] if stop in ids else ids for ids in out]
+            tokens += sum(map(len, out))
+            bar.set_postfix_str(f"{tokens / (time.time() - begun):,.0f} tokens/s", refresh=False)
             bar.update(len(part))
+            yield [(item, tokenizer.decode(ids)) for item, ids in zip(part, out)]
+
+def model_replies(folder, path, header, items, root, args):
+    """{id: reply}; decoded where path does not hold one of the same model, data and flags yet."""
+    vlm, tokenizer = load_vlm(folder, header["device"])
+    header |= {"model_sha256": vlm.source_sha256}
+    old, replies = read_replies(path, own=True)
+    differ = [key for key in header if key != "scorer" and old.get(key) != header[key]]  # marks are made anew
+    if differ and os.path.exists(path):
+        os.replace(path, path + ".old")
+        print(f"{path} has another {', '.join(differ)}: decoding anew, the old file is now {path}.old")
+        replies = {}
+    write_jsonl(path, [header, *({"id": id, "reply": reply} for id, reply in replies.items())])
+    todo = [item for item in items if item["id"] not in replies]
+    with open(path, "a", encoding="utf-8") as f:
+        for batch in generate_replies(vlm, tokenizer, todo, root, args) if todo else ():
+            new = {item["id"]: reply for item, reply in batch}
+            f.writelines(json.dumps({"id": id, "reply": new[id]}, ensure_ascii=False) + "\n" for id in new)
+            f.flush()
+            replies |= new
     return replies
 
-def evaluate(folder, rows, args):
-    """Replies of a model to the rows; eval.json and replies.jsonl go into its folder. -> eval.json's dict"""
-    begun = time.time()
-    vlm, tokenizer = load_vlm(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    replies = generate_replies(vlm, tokenizer, rows, args.data, args.batch_size, args.max_new_tokens)
-    versions = {version: {"correct": 0, "n": 0, "unparsed": 0} for version in LADDER}
-    with open(os.path.join(folder, "replies.jsonl"), "w", encoding="utf-8") as f:
-        for row, reply in zip(rows, replies):
-            score = score_answer(reply, row["answer"], row["kind"], row["choices"])
-            count = versions[row["version"]]
-            count["correct"] += score.match
-            count["n"] += 1
-            count["unparsed"] += score.extracted is None
-            item = {"id": row["id"], "prompt": row["instruction"], "reply": reply, **score._asdict()}
-            f.write(json.dumps(item, ensure_ascii=False) + "\n")
-    top, bottom = share(versions["text_dominant"]), share(versions["vision_only"])
-    result = {"benchmark": "builtin", "versions": versions,
-              "all": sum(share(versions[v]) for v in IMAGE_VERSIONS) / len(IMAGE_VERSIONS),  # their mean
-              "gap": top - bottom, "relative_gap": (top - bottom) / top if top else None,
+def folder_of(name, args):
+    """Where eval.json and replies.jsonl go."""
+    if args.replies:
+        return args.out or os.path.splitext(name)[0] + "_marked"
+    return name if args.benchmark == "builtin" else os.path.join(name, args.benchmark)
+
+def evaluate(name, items, root, args):
+    """Replies of a model folder, or of a file, marked. -> eval.json's dict, written beside replies.jsonl"""
+    begun, builtin, some = time.time(), args.benchmark == "builtin", items[:args.limit]
+    folder, data = folder_of(name, args), [os.path.join(root, "test.jsonl")] if builtin else args.data
+    path = os.path.join(folder, "replies.jsonl")
+    header = {"benchmark": args.benchmark, "note": RULE_BASED, "scorer": sha256(__file__)[:12],
+              "data_sha256": [sha256(file) for file in data]}
+    if args.replies:
+        _, replies = read_replies(name)
+        if unknown := replies.keys() - {item["id"] for item in items}:
+            sys.exit(f"{name}: no id {min(unknown)!r} in {' '.join(args.data)}: name the right --data")
+        if os.path.exists(path) and os.path.samefile(path, name):
+            sys.exit(f"the marks would overwrite {name}: name another folder with --out")
+        os.makedirs(folder, exist_ok=True)
+    else:
+        header |= {"picture_bytes": picture_bytes(items, root), "max_new_tokens": args.max_new_tokens,
+                   "device": "cuda" if torch.cuda.is_available() else "cpu"}
+        os.makedirs(folder, exist_ok=True)
+        replies = model_replies(name, path, header, some, root, args)
+    if absent := [item["id"] for item in some if item["id"] not in replies]:
+        print(f"{len(absent)} of {len(some)} ids have no reply, {absent[0]!r} first: counted as wrong")
+    mark = lambda i: score_answer(replies.get(i["id"], ""), i["answer"], i["kind"], i["choices"])
+    scores = {item["id"]: mark(item) for item in items}
+    write_jsonl(path, [header, *(
+        {"id": i["id"], "prompt": i["instruction"], "reply": replies[i["id"]], **scores[i["id"]]._asdict()}
+        for i in items if i["id"] in replies)])  # beyond --limit too: nothing that was decoded gets lost
+    result = {"benchmark": args.benchmark, **report(args.benchmark, some, scores),
               "seconds": time.time() - begun}
     with open(os.path.join(folder, "eval.json"), "w") as f:
         json.dump(result, f, indent=1)
@@ -430,81 +636,141 @@ def share(count):
 
 def interval(count):
     """95 % Wilson score interval as (low, high). Not +-2 standard errors: that is (0, 0) at 0 right."""
-    n, z = count["n"], 1.96
-    if n == 0:
-        return 0.0, 1.0
-    middle = share(count) + z * z / (2 * n)
-    half = z * (share(count) * (1 - share(count)) / n + z * z / (4 * n * n)) ** 0.5
+    n, p, z = max(1, count["n"]), share(count), 1.96
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+def count_by(items, scores, names, start=()):
+    """{name: {"correct", "n", "unparsed"}} over the names(item) of every item."""
+    counts = {name: {"correct": 0, "n": 0, "unparsed": 0} for name in start}
+    for item in items:
+        for name in names(item):
+            count, score = counts.setdefault(name, {"correct": 0, "n": 0, "unparsed": 0}), scores[item["id"]]
+            count["correct"] += score.match
+            count["n"] += 1
+            count["unparsed"] += score.extracted is None
+    return counts
+
+def outcomes(groups, scores):
+    """We-Math's diagnosis of its groups, in shares of them. Strict: all steps have to be right; loose: one.
+
+    IK  insufficient knowledge: composite and a step wrong    CM  complete mastery: composite right, steps too
+    IG  inadequate generalization: only composite wrong     RM  rote memorization: composite right, no CM
+                                                                (a share of the right composites)
+    """
+    marks = [[scores[item["id"]].match for item in group] for group in groups]  # the composite is the last
+    result, n = {"complete_groups": len(groups)}, max(1, len(groups))
+    for rule, enough in (("strict", all), ("loose", any)):
+        ik, ig = (sum(not m and all(s) == good for *s, m in marks) / n for good in (False, True))
+        cm, rm = (sum(m and enough(s) == good for *s, m in marks) / n for good in (True, False))
+        result[rule] = {"score": cm + ig / 2, "IK": ik, "IG": ig, "CM": cm, "RM": rm and rm / (rm + cm)}
+    return result
+
+def report(benchmark, items, scores):
+    """The figures of a benchmark from {id: Score}: shares and counts."""
+    result = {}
+    if benchmark == "wemath":
+        groups = {}
+        for item in items:
+            groups.setdefault(item["id"].partition("/")[0], []).append(item)
+        groups = [group for ID, group in groups.items() if len(group) == int(ID[0]) + 1]  # no step missing
+        result, items = outcomes(groups, scores), sum(groups, [])
+    elif benchmark != "mathvista":
+        versions = count_by(items, scores, lambda item: [item["version"]], LADDER)
+        seen = {v: share(c) for v, c in versions.items() if c["n"]}
+        shown, top, bottom = [seen[v] for v in IMAGE_VERSIONS if v in seen], *map(
+            seen.get, ("text_dominant", "vision_only"))
+        gap = top - bottom if {"text_dominant", "vision_only"} <= seen.keys() else None
+        result = {"versions": versions, "all": sum(shown) / len(shown) if shown else None,  # their mean
+                  "gap": gap, "relative_gap": gap / top if gap is not None and top else None}
+    if benchmark != "builtin":
+        result["groups"] = dict(sorted(count_by(items, scores, lambda item: item["groups"]).items()))
+        result["unparsed"] = sum(scores[item["id"]].extracted is None for item in items)
+    return result
 
 def table(results):
     """{model: eval.json} -> text with a column for each model."""
-    width = max(22, *(len(name) + 2 for name in results))
-    every = list(results.values())
-    line = lambda title, cells: f"{title:18s}" + "".join(f"{cell:>{width}s}" for cell in cells)
     percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
-    cell = lambda c: f"{percent(share(c)):>5s} [{percent(interval(c)[0]):>4s}, {percent(interval(c)[1]):>5s}]"
-    return "\n".join([
-        f"accuracy in %, {every[0]['versions']['text_only']['n']} problems a version [95 % interval]",
-        line("", results),
-        *(line(version, (cell(r["versions"][version]) for r in every)) for version in LADDER),
-        line("ALL (with picture)", (percent(r["all"]) for r in every)),
-        line("gap TD - VO", (percent(r["gap"]) for r in every)),
-        line("relative gap, %", (percent(r["relative_gap"]) for r in every)),
-        line("unparsed", (str(sum(c["unparsed"] for c in r["versions"].values())) for r in every))])
+    ends = lambda c: "[{:>4s}, {:>5s}]".format(*map(percent, interval(c)))
+    cell = lambda c: f"{percent(share(c)):>5s} {ends(c)}" if c["n"] else "-"
+    n = max((c["n"] for r in results.values() for c in r.get("versions", {}).values()), default=0)
+    columns = []
+    for name, result in results.items():
+        versions, lines = result.get("versions", {}), {"": name}
+        lines |= {version: cell(versions[version]) for version in LADDER if versions}
+        means = {"ALL (with picture)": "all", "gap TD - VO": "gap", "relative gap, %": "relative_gap"}
+        lines |= {label: percent(result[key]) for label, key in means.items() if versions}
+        lines |= {f"{group} (n={c['n']})": cell(c) for group, c in result.get("groups", {}).items()}
+        lines |= {f"{rule} {key}": percent(x) for rule in ("strict", "loose")
+                  for key, x in result.get(rule, {}).items()}
+        lines |= {"complete groups": str(result["complete_groups"])} if "strict" in result else {}
+        unparsed = result.get("unparsed", sum(c["unparsed"] for c in versions.values()))
+        columns.append(lines | {"unparsed": str(unparsed)})
+    side, width = max(map(len, columns[0])), max(22, *(len(name) + 2 for name in results))
+    rows = [f"{label:{side}s}" + "".join(f"{column[label]:>{width}s}" for column in columns)
+            for label in columns[0]]
+    return "\n".join([f"accuracy in %{f', {n} problems a version' * bool(n)} [95 % interval]", *rows])
 
 def draw_chart(results, path):
     """A PNG: bars by version, one shade for each model, whiskers = 95 % intervals."""
     shades = ("#b8c4d6", "#5b84b1", "#1f3d63", "#c58b3d", "#7a9a5a", "#8a5a83")
-    font = ImageFont.load_default(15)
-    left, top, height, bar = 60, 60, 260, max(12, 84 // len(results))
-    group = bar * len(results) + 30
-    image = Image.new("RGB", (left + group * len(LADDER) + 20, top + height + 60), "white")
+    font, bar = ImageFont.load_default(15), max(12, 84 // len(results))
+    group, level = bar * len(results) + 30, lambda x: 320 - 260 * x
+    image = Image.new("RGB", (80 + group * len(LADDER), 380), "white")
     draw = ImageDraw.Draw(image)
-    level = lambda x: top + height * (1 - x)
-    for percent in range(0, 101, 20):
-        draw.line([left, level(percent / 100), image.width - 20, level(percent / 100)], fill="#dddddd")
-        draw.text((left - 8, level(percent / 100)), f"{percent} %", font=font, fill="black", anchor="rm")
+    for tenth in range(0, 11, 2):
+        draw.line([60, level(tenth / 10), image.width - 20, level(tenth / 10)], fill="#dddddd")
+        draw.text((52, level(tenth / 10)), f"{10 * tenth} %", font=font, fill="black", anchor="rm")
     for k, (name, result) in enumerate(results.items()):
         shade = shades[k % len(shades)]
-        draw.rectangle([left + k * 190, 20, left + k * 190 + 14, 34], fill=shade)
-        draw.text((left + k * 190 + 20, 27), name[-22:], font=font, fill="black", anchor="lm")
+        draw.rectangle([60 + k * 190, 20, 74 + k * 190, 34], fill=shade)
+        draw.text((80 + k * 190, 27), name[-22:], font=font, fill="black", anchor="lm")
         for j, version in enumerate(LADDER):
-            count, x = result["versions"][version], left + j * group + 15 + k * bar
-            low, high = interval(count)
+            count, x = result["versions"][version], 75 + j * group + k * bar
             draw.rectangle([x, level(share(count)), x + bar - 3, level(0)], fill=shade)
-            draw.line([x + bar / 2 - 1, level(low), x + bar / 2 - 1, level(high)], fill="black")
+            low, high = map(level, interval(count))
+            draw.line([x + bar / 2 - 1, low, x + bar / 2 - 1, high], fill="black")
     for j, version in enumerate(LADDER):
-        x, y = left + (j + .5) * group, top + height + 10
-        draw.text((x, y), version.replace("_", "\n"), font=font, fill="black", anchor="ma", align="center")
+        draw.text((60 + (j + .5) * group, 330), version.replace("_", "\n"), font=font, fill="black",
+                  anchor="ma", align="center")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     image.save(path)
 
-def show(args, rows):
+def show(args, items, root):
     """One problem in its versions: what went in, what came out, how it was marked and by which rule."""
-    some = rows[args.show * len(LADDER):(args.show + 1) * len(LADDER)] if args.show >= 0 else []
+    each = len(LADDER) if args.benchmark == "builtin" else 1
+    some = items[args.show * each:(args.show + 1) * each] if args.show >= 0 else []
     if not some:
-        sys.exit(f"--show {args.show}: there are test problems 0 to {len(rows) // len(LADDER) - 1}")
-    vlm, tokenizer = load_vlm(args.models[0])
+        sys.exit(f"--show {args.show}: there are test problems 0 to {len(items) // each - 1}")
+    picture_bytes(some, root)
     print(f"right answer: {some[0]['answer']} ({some[0]['kind']})")
-    replies = generate_replies(vlm, tokenizer, some, args.data, len(some), args.max_new_tokens)
-    for row, reply in zip(some, replies):
-        score = score_answer(reply, row["answer"], row["kind"], row["choices"])
-        print(f"\n{row['version']}: {row['instruction']}  [{row['image_url'] or 'no picture'}]\n  {reply}")
-        print(f"  {'right' if score.match else 'WRONG'}: {score.extracted!r}, "
+    replies = {item["id"]: reply for part in generate_replies(*load_vlm(args.models[0]), some, root, args)
+               for item, reply in part}
+    for item in some:
+        score = score_answer(replies[item["id"]], item["answer"], item["kind"], item["choices"])
+        picture = item["image_url"] or "no picture"
+        print(f"\n{item.get('version', item['id'])}: {item['instruction']}  [{picture}]\n"
+              f"  {replies[item['id']]}\n  {'right' if score.match else 'WRONG'}: {score.extracted!r}, "
               f"found by the rule {score.rule!r}")
 
 def main(argv=None):
     args = parse_args(argv)
-    rows = read_rows(os.path.join(args.data, "test.jsonl"),
-                     ("image_url", "instruction", "answer", "kind", "version", "id"))
+    items, root = load_items(args)
     if args.show is not None:
-        return show(args, rows)
-    rows = rows[:args.limit * len(LADDER)] if args.limit else rows
-    results = {folder.rstrip("/"): evaluate(folder, rows, args) for folder in args.models}
+        return show(args, items, root)
+    builtin = args.benchmark == "builtin"
+    args.limit = args.limit and args.limit * (len(LADDER) if builtin else 1)
+    names = [args.replies] if args.replies else [folder.rstrip("/") for folder in args.models]
+    results = {name: evaluate(name, items, root, args) for name in names}
     print(table(results))
-    draw_chart(results, args.chart)
-    print(f"chart: {args.chart}; every reply and its mark: replies.jsonl in the model folders")
+    if not builtin:
+        print(RULE_BASED + NOTES.get(args.benchmark, ""))
+    if args.benchmark in ("builtin", "mathverse"):
+        chart = args.chart or f"out/accuracy{'' if builtin else '_mathverse'}.png"
+        draw_chart(results, chart)
+        print(f"chart: {chart}; ", end="")
+    where = "the model folders" if args.models and builtin else ", ".join(folder_of(n, args) for n in names)
+    print(f"every reply and its mark: replies.jsonl in {where}")
 
 if __name__ == "__main__":
     main()
