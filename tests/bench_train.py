@@ -17,7 +17,6 @@ Alike in all rows: model, pairs, dtypes, micro-batch, no checkpointing, AdamW on
 than the original is: no standardized logits, two softmaxes for four, SDPA, no FSDP.
 """
 import argparse
-import functools
 import importlib.util
 import json
 import os
@@ -35,10 +34,11 @@ from model import IGNORE
 
 def config(llm, tied, vision, image):
     """model.build's dict. llm: H, MLP, layers, heads, kv heads, V; vision: W, MLP, layers, heads."""
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    text = dict(zip((*keys, "num_key_value_heads", "vocab_size"), llm), tie_word_embeddings=tied)
-    vision = dict(zip(keys, vision), image_size=image, patch_size=14, vision_use_head=False)
-    return {"text_config": text, "vision_config": vision, "image_token_id": llm[-1] - 1}
+    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    text = dict(zip(keys + ["num_key_value_heads", "vocab_size"], llm), tie_word_embeddings=tied)
+    return {"text_config": text,
+            "vision_config": dict(zip(keys, vision), image_size=image, patch_size=14, vision_use_head=False),
+            "image_token_id": llm[-1] - 1}
 
 SO400M = (1152, 4304, 27, 16), 384  # 729 image tokens
 # "shrunk", for a CPU: widths and V of 1.5b divided by 12, tokens by 9, as deep as it is.  So encoder, LLM and
@@ -78,10 +78,10 @@ def needed_flops(config, prompt, answer, strong, causal=.5):
 def make_rows(n, shrink):
     """Pairs as lengths only: texts of so many letters, since rows_of_step sorts by letters."""
     draw = np.random.default_rng(0)
-    lengths = zip(*((draw.integers(*bounds, n) // shrink).tolist() for bounds in (PROMPT, ANSWER)))
+    prompts, answers = ((draw.integers(*bounds, n) // shrink).tolist() for bounds in (PROMPT, ANSWER))
     return [{"id": i, "image_url_2": "picture", "instruction_2": "x" * prompt, "output_2": "y" * answer,
              "lengths": (prompt, answer, prompt + MORE // shrink + answer)}
-            for i, (prompt, answer) in enumerate(lengths)]
+            for i, prompt, answer in zip(range(n), prompts, answers)]
 
 def make_batches(vlm, parts, twice):
     """Micro-batches of rows -> [(strong, weak)] of random content; twice: a picture in strong too."""
@@ -90,28 +90,26 @@ def make_batches(vlm, parts, twice):
         draw, (prompt, answer, whole) = np.random.default_rng(row["id"]), row["lengths"]
         target = draw.integers(0, image, answer).tolist()
         words = draw.integers(0, image, whole - answer if strong else prompt).tolist()
-        words = [image] * (vlm.image_tokens if twice or not strong else 0) + words
-        pixels = torch.from_numpy(draw.uniform(-1, 1, (3, size, size))).float()
-        return (words + target, [IGNORE] * (len(words) - 1) + target + [IGNORE],
-                pixels if twice or not strong else None)
+        words, pixels = [image] * vlm.image_tokens * (twice or not strong) + words, None
+        if twice or not strong:
+            pixels = torch.from_numpy(draw.uniform(-1, 1, (3, size, size))).float()
+        return words + target, [IGNORE] * (len(words) - 1) + target + [IGNORE], pixels
     return [tuple(model.collate([example(row, strong) for row in rows], 0, size).to(vlm.lm_head.device)
                   for strong in (True, False)) for rows in parts]
 
 def hidden_states(vlm, batch, mask):
     """(B, L, H) of all positions. With a mask attention cannot take its fast causal path."""
-    x = vlm.embed(batch.input_ids, batch.pixel_values)
-    return vlm.language_model.model(inputs_embeds=x, attention_mask=batch.attention_mask if mask else None,
-                                    use_cache=False).last_hidden_state
+    x, mask = vlm.embed(batch.input_ids, batch.pixel_values), batch.attention_mask if mask else None
+    return vlm.language_model.model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
 
 def full_logits_loss(vlm, strong, weak, args, n_total, mask):
     """Loss and parts of stage 2 from float32 logits of all positions, in plain PyTorch."""
-    logits = lambda batch: F.linear(hidden_states(vlm, batch, mask), vlm.lm_head).float()  # (B, L, V)
     with torch.no_grad():
-        z_t = logits(strong)
-    z_s = logits(weak)
+        z_t = F.linear(hidden_states(vlm, strong, mask), vlm.lm_head).float()  # (B, L, V)
+    z_s = F.linear(hidden_states(vlm, weak, mask), vlm.lm_head).float()  # (B, L, V)
     log_p, log_q = (z[b.labels != IGNORE].log_softmax(-1) for z, b in ((z_t, strong), (z_s, weak)))  # (N, V)
-    kl = functools.partial(F.kl_div, log_target=True, reduction="sum")
-    fkl, rkl = kl(log_q, log_p) / n_total, kl(log_p, log_q) / n_total
+    fkl, rkl = (F.kl_div(*logs, log_target=True, reduction="sum") / n_total
+                for logs in ((log_q, log_p), (log_p, log_q)))
     ce = F.cross_entropy(z_s.flatten(0, 1), weak.labels.flatten(), reduction="sum") / n_total  # skips IGNORE
     loss = args.lam * (args.alpha * fkl + (1 - args.alpha) * rkl) + (1 - args.lam) * ce
     return loss, {"kl_teacher_student": fkl, "kl_student_teacher": rkl, "ce": ce}
@@ -147,7 +145,7 @@ def build(config, args, compile_blocks):
     for p in vlm.language_model.parameters() if CUDA else ():
         p.data = p.data.bfloat16()  # not .to(bfloat16): that would round the rotary frequencies too, a buffer
     if compile_blocks:
-        torch._dynamo.config.recompile_limit = 64  # rows, with and without gradient, two kinds of lengths
+        torch._dynamo.config.recompile_limit = 64  # all rows together make 10 graphs, the limit is 8
         for block in vlm.modules():
             if isinstance(block, GradientCheckpointingLayer):
                 block.compile()
@@ -159,7 +157,7 @@ def measure(config, shrink, args, rounds, compile_blocks):
     vlm, optimizer = build(config, args, compile_blocks)
     data, left_out, memory, work = make_rows((rounds + WARMUP) * args.batch, shrink), [], {}, []
     cases = {name: how for name, how in ROWS.items() if name != "not compiled" or compile_blocks}
-    times = {name: [] for name in cases}
+    times, found = {name: [] for name in cases}, dict.fromkeys(cases)
     for step in range(rounds + WARMUP):
         bucketed = stage2.rows_of_step(step, data, args, 0, 1, "_2")
         rows = [row for part in bucketed for row in part]
@@ -180,7 +178,7 @@ def measure(config, shrink, args, rounds, compile_blocks):
             vlm.zero_grad()  # after `except`, whose traceback holds the tensors of a step that did not fit
         print(f"step {step + 1}/{rounds + WARMUP}{' (warm-up)' * (step < WARMUP)}, seconds:",
               ", ".join(f"{name} {times[name][-1]:.2f}" for name in cases), flush=True)
-    found, work = dict.fromkeys(times), np.array(work[WARMUP:])
+    work = np.array(work[WARMUP:])
     for name in cases:
         t = np.array(times[name][WARMUP:])
         ratio = t / (times["ours"][WARMUP:] if "ours" in cases else np.nan)
@@ -193,48 +191,43 @@ def table(result):
     """The README's table of a run."""
     lines = ["| step | pairs/s | TFLOP/s | MFU | peak memory | time / ours |", "|---|--:|--:|--:|--:|--:|"]
     for name, r in result["rows"].items():
-        peak, gb = result["peak_tflops"], "-" if r is None or r["gb"] is None else f"{r['gb']:.0f} GB"
-        lines.append(f"| {name} | out of memory | | | | |" if r is None else
-                     f"| {name} | {r['pairs_s']:.2f} | {r['tflops']:.3g} | " +
-                     (f"{r['tflops'] / peak:.0%}" if peak else "-") +
-                     f" | {gb} | {r['over_ours']:.2f} [{r['low']:.2f}, {r['high']:.2f}] |")
-    return "\n".join(lines)
-
-def floors():
-    """The README's table of what shapes alone say: 60 prompt and 200 answer tokens, a text-rich form of 320."""
-    lines = ["| system | TFLOP a pair | pairs/s at 50 % of 989 TFLOP/s | measured |", "|---|--:|--:|--:|"]
-    for name in ("1.5b", "7b"):
-        tflop = sum(needed_flops(SYSTEMS[name][0], 60, 200, 320).values()) / 1e12
-        lines.append(f"| {name} | {tflop:.1f} | {.5 * 989 / tflop:.1f} | not measured yet |")
+        if r is None:
+            lines.append(f"| {name} | out of memory | | | | |")
+            continue
+        mfu = f"{r['tflops'] / result['peak_tflops']:.0%}" if result["peak_tflops"] else "-"
+        gb = f"{r['gb']:.0f} GB" if r["gb"] else "-"
+        ratio = f"{r['over_ours']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+        lines.append(f"| {name} | {r['pairs_s']:.2f} | {r['tflops']:.3g} | {mfu} | {gb} | {ratio} |")
     return "\n".join(lines)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--system", default="1.5b" if CUDA else "shrunk", choices=list(SYSTEMS), help="shapes")
-    add("--rounds", type=int, default=10 if CUDA else 5, help="timed steps of each row")
+    add("--rounds", type=int, default=10 if CUDA else 9, help="timed steps of each row")
     add("--micro_batch", type=int, default=None, help="pairs a forward pass (default: the system's)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=CUDA, help="blocks; never in released rows")
+    add("--compile", action=argparse.BooleanOptionalAction, default=CUDA, help="blocks, not in released rows")
     add("--out", default=None, help="JSON file (default: tests/results/bench_train_<system>.json)")
     flags = parser.parse_args(argv)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # the rows' blocks differ
     shape, batch, micro_batch, shrink = SYSTEMS[flags.system]
-    micro_batch = flags.micro_batch or micro_batch
-    args = stage2.make_parser().parse_args([f"--batch={batch}", f"--micro_batch={micro_batch}"])
+    args = stage2.make_parser().parse_args(
+        [f"--batch={batch}", f"--micro_batch={flags.micro_batch or micro_batch}"])
     device = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
-    peak = next((p for key, p in PEAKS.items() if key in device), None)
-    result = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "triton")
-              if importlib.util.find_spec(name)}
-    result |= {"date": time.strftime("%Y-%m-%d"), "device": device, "command": " ".join(["python", *sys.argv]),
-               "dtype": "bfloat16" if CUDA else "float32", "batch": batch, "micro_batch": micro_batch} | vars(flags)
+    peak = next((tflops for key, tflops in PEAKS.items() if key in device), None)
+    result = vars(flags) | {"batch": batch, "micro_batch": args.micro_batch, "device": device,
+                            "dtype": "bfloat16" if CUDA else "float32", "date": time.strftime("%Y-%m-%d"),
+                            "command": " ".join(["python", *sys.argv])}
+    result |= {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "triton")
+               if importlib.util.find_spec(name)}
     print(*(f"{key}={value}" for key, value in result.items()))
     rows, left_out, tflop = measure(shape, shrink, args, flags.rounds, flags.compile)
-    left_out += [line for line, true in (
-        ("reading data, logging, checkpoints, more than one process", True),
-        (f"real shapes, bfloat16, peak memory: no CUDA device, the {flags.system} shapes ran", not CUDA),
-        (f"MFU: no peak known for {device}", not peak), ("compiled blocks: off", not flags.compile)) if true]
-    result |= {"config": shape, "rows": rows, "left_out": left_out, "tflop_a_pair": tflop, "peak_tflops": peak}
-    print(f"\n{tflop:.4g} TFLOP needed a pair\n{table(result)}", *map("left out: {}".format, left_out), sep="\n")
+    left_out += ["reading data, logging, checkpoints, more than one process"]
+    left_out += [] if peak else [f"MFU: no peak known for {device}"]
+    left_out += [] if flags.compile else ["compiled blocks"]
+    left_out += [] if CUDA else [f"real shapes, bfloat16, peak memory: no CUDA device; {flags.system} ran"]
+    result |= {"config": shape, "rows": rows, "left_out": left_out, "peak_tflops": peak, "tflop": tflop}
+    print(f"\n{tflop:.4g} TFLOP needed a pair", table(result), "left out:", *left_out, sep="\n")
     path = flags.out or os.path.join(os.path.dirname(__file__), "results", f"bench_train_{flags.system}.json")
     with open(path, "w") as f:
         json.dump(result, f, indent=1)
