@@ -1,4 +1,4 @@
-"""The model, and the one place where text, pictures and labels become tensors. The stages and eval.py use it.
+"""The model, and the one place where text, pictures and labels become tensors, for the stages and eval.py.
 
     python model.py out/stage3 --llm_to DIR         # its language model alone, for AutoModelForCausalLM
     python model.py out/stage3 --released_to DIR    # the layout of the released Qwen2 checkpoints
@@ -279,7 +279,8 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
     labels = [i if answer and known else IGNORE for i, known in zip(ids[1:], learn[1:])] + [IGNORE]
     end = max_length - (longest - prompt) if answer else prompt
     try:
-        pixels = load_image(os.path.join(row.get("root", root), picture), size, pad_color) if picture else None
+        path = os.path.join(row.get("root", root), picture)
+        pixels = load_image(path, size, pad_color) if picture else None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return ids[:end], labels[:end], pixels
