@@ -485,7 +485,7 @@ def main(argv=None):
     start = start_or_resume(args, vlm, optimizer, run, rank)
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()
-    fingerprint = lambda: {k: int(torch.hash_tensor(v)) for k, v in vlm.language_model.state_dict().items()}
+    fingerprint = lambda: {k: torch.hash_tensor(v) for k, v in vlm.language_model.state_dict().items()}
     begun, tokens, before = time.time(), 0, fingerprint()  # not a copy: it would be as large as the model
     quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
