@@ -343,7 +343,7 @@ def compiled_kernel():
 def align_rows_triton(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
     """align_rows in one kernel. 8 columns a thread: one 16-byte load.
 
-    maxnreg: registers a thread without spills (tests/compile_kernel.py); left alone, ptxas aims at 64 and spills.
+    maxnreg: registers a thread without spills (tests/compile_kernel.py); ptxas alone aims at 64 and spills.
     """
     n, V = len(a_t), slab.shape[1]
     out, block = torch.empty(n, 4, device=slab.device), min(2048, 1 << (V - 1).bit_length())
@@ -375,7 +375,7 @@ class FusedKLAlign(torch.autograd.Function):
         sums, da = torch.zeros(3, dtype=torch.float64, device=hs.device), torch.zeros(N, device=hs.device)
         weights = [w / n_total for w in (lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)]
         n = min(CHUNK_ROWS // (1 + 2 * exact) if fused else max(MIN_ROWS, CHUNK_ELEMENTS // n_vocab), N)
-        # One slab for all chunks.  Rows of a multiple of 16 elements: cuBLAS and Triton then load 16 bytes at once
+        # One slab for all chunks.  Rows of a multiple of 16 elements: then a load takes 16 bytes
         room = torch.empty(2 * n, -(-n_vocab // 16) * 16, dtype=torch.float32 if exact else dtype,
                            device=hs.device)[:, :n_vocab]
         for c in (slice(i, min(i + n, N)) for i in range(0, N, max(1, n))):

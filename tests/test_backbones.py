@@ -210,7 +210,7 @@ def released_folder(folder, tied=True, rows=320, template=True):
     tok = tokenizer("qwen")
     tok.add_tokens(["<|image|>"], special_tokens=True)
     if not template:
-        tok.chat_template = None
+        tok.chat_template = "another one: {{ messages[0].content }}"
     tower = randomize(SiglipVisionModel(SiglipVisionConfig(**VISION)))  # with head and all layers
     text = TEXT | dict(vocab_size=rows, tie_word_embeddings=tied, rope_theta=1e6, model_type="qwen2")
     llm = randomize(Qwen2ForCausalLM(Qwen2Config(**text)))
