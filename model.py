@@ -419,13 +419,13 @@ class Rows(Sequence):
     def __init__(self, files, fields, image_root, decode):
         self.files, self.fields, self.decode, self.bad = files, fields, decode, 0
         self.roots = [os.path.realpath(image_root or os.path.dirname(path)) for path in files]
-        self.open, self.index = [open(path, "rb") for path in files], np.zeros((0, 4), np.int64)
+        self.open, self.places = [open(path, "rb") for path in files], np.zeros((0, 4), np.int64)
 
     def __len__(self):
-        return len(self.index)
+        return len(self.places)
 
     def __getitem__(self, i):
-        place = self.index[i].tolist()
+        place = self.places[i].tolist()
         return [self.row(*one) for one in place] if isinstance(i, slice) else self.row(*place)
 
     def row(self, k, number, start, end):
@@ -446,7 +446,7 @@ class Rows(Sequence):
         """Hash of what is trained on: a file's own, or of several files or bad rows and of the rows used."""
         parts = [sha256(path) for path in self.files]
         return parts[0] if len(parts) == 1 and not self.bad else hashlib.sha256(
-            " ".join(parts).encode() + self.index.tobytes()).hexdigest()
+            " ".join(parts).encode() + self.places.tobytes()).hexdigest()
 
 
 def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=False):
@@ -472,7 +472,7 @@ def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=
                 if rows.bad > max_bad and not check:
                     sys.exit(f"{error} (--check_data lists all bad rows, --max_bad N leaves out up to N)")
                 say(error if check else f"left out: {error}")
-    rows.index = np.frombuffer(index, np.int64).reshape(-1, 4)
+    rows.places = np.frombuffer(index, np.int64).reshape(-1, 4)
     if check or rows.bad:
         say(f"{len(rows):,} rows are good, {rows.bad:,} are bad: {', '.join(files)}")
     if check or not rows:

@@ -416,3 +416,32 @@ def test_pictures_of_every_kind(tmp_path):
     turn[0x0112] = 6
     turned = save(half, "e.png", exif=turn)
     assert turned[:, :, -1].min() == 1 and turned[:, :, 0].max() == -1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# README
+# ------------------------------------------------------------------------------------------------------------
+def test_the_commands_of_the_readme(folder, monkeypatch, capsys):
+    """The rows of the section "Your own data" go through its commands."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        text = f.read()
+    rows, commands = (text.split(f"<!-- {mark} -->")[1].split("```")[1] for mark in ("own rows", "own data"))
+    monkeypatch.chdir(folder)
+    os.mkdir("pictures")
+    os.rename("p.png", "pictures/p.png")
+    for line in rows.strip().splitlines():
+        name, content = line.split(maxsplit=1)
+        (folder / name).write_text(content, encoding="utf-8")
+    commands = [line.split() for line in commands.splitlines() if line.startswith("python")]
+    assert len(commands) == 4
+    for _, script, *flags in commands:
+        stage = next(module for module in STAGES.values() if module.__file__.endswith(script))
+        small = ["--init", TINY, "--steps", "1", "--batch", "2"]
+        if "--check_data" in flags:
+            with pytest.raises(SystemExit) as stopped:
+                stage.main([*flags, *small])
+            assert stopped.value.code == 0
+        else:
+            stage.main([*flags, *small])
+    assert "1 rows are good, 0 are bad" in capsys.readouterr().out
+    assert all(os.path.exists(f"out/stage{k}/step-1/manifest.json") for k in STAGES)
