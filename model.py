@@ -45,7 +45,6 @@ import data_gen
 IMAGE_TOKEN = "<|image|>"  # the placeholder; the released Qwen checkpoints call it so
 IGNORE = -100  # label of a position that is not trained on; torch's cross_entropy skips this value
 
-
 # ------------------------------------------------------------------------------------------------------------
 # The network
 # ------------------------------------------------------------------------------------------------------------
@@ -59,7 +58,6 @@ class Projector(nn.Module):
     def forward(self, x):  # (I, P, W) -> (I, P, H)
         return self.down(self.act(self.up(x)))
 
-
 class GatedProjector(nn.Module):
     """The released Qwen2 systems' projector, without biases."""
 
@@ -70,7 +68,6 @@ class GatedProjector(nn.Module):
 
     def forward(self, x):  # (I, P, W) -> (I, P, H)
         return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class HybridVision(nn.Module):
     """DeepSeek-VL's two encoders, SAM on the picture, SigLIP on a smaller one, in transformers' classes."""
@@ -92,7 +89,6 @@ class HybridVision(nn.Module):
                 self.both.get_low_res_image_features(low))
         return SimpleNamespace(last_hidden_state=torch.cat([half.last_hidden_state for half in seen], -1))
 
-
 class HybridProjector(nn.Module):
     """The released DeepSeek system's: half of the hidden width for each encoder."""
 
@@ -104,7 +100,6 @@ class HybridProjector(nn.Module):
     def forward(self, x):  # (I, P, 2 W) -> (I, P, H)
         high, low = x.chunk(2, -1)
         return self.down(F.gelu(torch.cat([self.high_up_proj(high), self.low_up_proj(low)], -1)))
-
 
 class VLM(nn.Module):
     """Vision encoder, projector and language model.
@@ -174,7 +169,6 @@ class VLM(nn.Module):
             attention_mask=batch.attention_mask, max_new_tokens=max_new_tokens, do_sample=False,
             eos_token_id=stop_id, pad_token_id=pad_id)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # From a data row to tensors: prompt, image placeholders, labels and the shift are made here and nowhere else
 # ------------------------------------------------------------------------------------------------------------
@@ -189,10 +183,8 @@ class Batch:
     def to(self, device):
         return Batch(*(getattr(self, field).to(device) for field in self.__dataclass_fields__))
 
-
 FORMATS = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # not all of Pillow's: for EPS it starts a program
 MAX_PIXELS = 50_000_000  # ours: 200 MB decoded; a file of a few kB can claim far more
-
 
 def load_image(path, size, pad_color=None):
     """A picture file as (3, size, size) float32 in [-1, 1]: SigLIP's normalisation, mean = std = .5.
@@ -220,7 +212,6 @@ def load_image(path, size, pad_color=None):
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {path} cannot be read: {error}") from None
 
-
 def chat_tokens(tokenizer, row, suffix, images, after_image=""):
     """One form of a row as (token ids, learn): learn[t] is True where token t is an answer's, <eos> included.
 
@@ -244,7 +235,6 @@ def chat_tokens(tokenizer, row, suffix, images, after_image=""):
         ids += given + said + [tokenizer.eos_token_id] * answer
         learn += [False] * len(given) + [answer] * (len(said) + answer)
     return ids, learn
-
 
 def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_length=1024, size=None,
                    answer=True, forms=(), after_image="", pad_color=None):
@@ -285,7 +275,6 @@ def encode_example(tokenizer, row, suffix="", *, image_tokens, root="", max_leng
         raise ValueError(f"{name}: {error}") from None
     return ids[:end], labels[:end], pixels
 
-
 def collate(examples, pad_id, size, left=False):
     """Results of encode_example -> Batch, padded on the right for training or on the left for generation.
 
@@ -299,7 +288,6 @@ def collate(examples, pad_id, size, left=False):
     pictures = [pixels for _, _, pixels in examples if pixels is not None]
     pixels = torch.stack(pictures) if pictures else torch.zeros(0, 3, size, size)
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask), pixels, torch.from_numpy(labels))
-
 
 def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer=True, forms=()):
     """Rows -> Batch, P and S as in the vision config. answer=False: prompts only, padded on the left."""
@@ -319,7 +307,6 @@ def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer
         batch.lost = torch.tensor([dropped, len(rows) - dropped - whole])
     return batch
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Data files: JSONL or JSON arrays, with the released fields or LLaVA's.  A million rows as objects take
 # gigabytes: only the place of each row is kept, 32 bytes, and the row is parsed again when asked for.
@@ -328,7 +315,6 @@ ROW = "image_url", "instruction", "output"
 PAIR = (*ROW, *(f"{field}_2" for field in ROW))  # without suffix: text-rich, strong; _2: vision-rich, weak
 PARSE = json.JSONDecoder(parse_constant=int).decode  # int("NaN") is an error, and so is NaN in JSON
 MAX_ROW = 2 ** 24  # bytes; ours: what is longer is no row, and would fill the memory
-
 
 def places(path):
     """Where rows lie: yields (line of a .jsonl file or row of a .json array, first byte, end).
@@ -358,7 +344,6 @@ def places(path):
             sys.exit(f"{path}:row {number + 1}: no array of JSON objects from byte {base + at} on, or a row "
                      "too long or too deep; one row a line is named .jsonl")
 
-
 def from_llava(row):
     """LLaVA's {"image", "conversations": [{"from", "value"}, ...]} with the released fields added.
 
@@ -381,7 +366,6 @@ def from_llava(row):
         said[first] = text.strip()
     return row | {"image_url": picture, "instruction": "\n".join(said[:-1]), "output": said[-1],
                   "conversations": [{"from": who, "value": text} for who, text in zip(speakers, said)]}
-
 
 def checked(row, fields, root, decode):
     """The row with these fields as strings and its pictures in place, decode: and whole. Else ValueError."""
@@ -408,7 +392,6 @@ def checked(row, fields, root, decode):
     if "output_2" in fields and row["output"] != row["output_2"]:
         raise ValueError(f"the answers of a pair differ: {row['output']!r} and {row['output_2']!r}")
     return row
-
 
 class Rows(Sequence):
     """Rows of files as a list of dicts that stays on disk: len(rows), rows[i], slices, iteration.
@@ -448,7 +431,6 @@ class Rows(Sequence):
         return parts[0] if len(parts) == 1 and not self.bad else hashlib.sha256(
             " ".join(parts).encode() + self.places.tobytes()).hexdigest()
 
-
 def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=False):
     """Rows of one or several files in the order given; each is parsed and checked once, now.
 
@@ -479,7 +461,6 @@ def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=
         sys.exit(int(rows.bad > 0) if check and rows else f"{', '.join(files)}: no rows")
     return rows
 
-
 def open_data(args, rank, name, fields=ROW):
     """Rows of --data: of files, or of data_gen.py's folder, made when missing. -> (rows, folder or None)"""
     files = [path for path in args.data if path.endswith((".json", ".jsonl"))]
@@ -493,7 +474,6 @@ def open_data(args, rank, name, fields=ROW):
         dist.barrier()  # one process makes it, the others wait
     files = files or [os.path.join(folder, name)]
     return read_rows(files, fields, args.image_root, args.max_bad, args.check_data, quiet=rank > 0), folder
-
 
 @torch.no_grad()
 def caption_loss(vlm, tokenizer, folder, device):
@@ -513,7 +493,6 @@ def caption_loss(vlm, tokenizer, folder, device):
     batch = make_batch(vlm, tokenizer, rows[:64], "", folder).to(device)
     logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
     return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Model folders: ours (config.json, model.safetensors, tokenizer files), the released ones, and the language
@@ -559,16 +538,13 @@ HYBRID_NAMES = [line.split() for line in r"""(high|low)\.vision_tower  \1
     aligner.layers.1  aligner.down
     aligner  projector""".split("\n")]
 
-
 def read_json(*path):
     with open(os.path.join(*path), encoding="utf-8") as f:
         return json.load(f)
 
-
 def write_json(data, *path):
     with open(os.path.join(*path), "w", encoding="utf-8") as f:
         json.dump(data, f, indent=1)
-
 
 def build(config):
     """A VLM of random weights.
@@ -595,7 +571,6 @@ def build(config):
     vision = SiglipVisionModel(c)
     vision.post_layernorm = vision.post_layernorm if layer == -1 else nn.Identity()
     return VLM(vision, projector(c.hidden_size, llm.config.hidden_size), llm, config)
-
 
 def save_vlm(folder, vlm, tokenizer, dtype=None, released=False):
     """Write config, weights (a tied lm_head once) and tokenizer into folder.
@@ -626,7 +601,6 @@ def save_vlm(folder, vlm, tokenizer, dtype=None, released=False):
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
-
 def read_tensors(folder):
     """All tensors of model.safetensors or its shards, mapped but not read yet, and a hash of the files."""
     names, index = ["model.safetensors"], os.path.join(folder, "model.safetensors.index.json")
@@ -644,7 +618,6 @@ def read_tensors(folder):
         digests += sha256(file)
     return tensors, hashlib.sha256(digests.encode()).hexdigest()
 
-
 def from_released(folder, config, tensors):
     """Config, tensors and prompt of a released checkpoint in our terms. Exits when it is something else."""
     if config.get("model_type") == "multi_modality":
@@ -661,7 +634,6 @@ def from_released(folder, config, tensors):
     for old, new in (("aligner.", "projector."), ("vision_model.vision_model.", "vision_model.")):
         tensors = {new + k.removeprefix(old) if k.startswith(old) else k: t for k, t in tensors.items()}
     return ours, tensors, QWEN2_PROMPT
-
 
 def from_released_deepseek(config, tensors):
     high, low = (config["vision_config"]["params"][k] for k in ("high_res_cfg", "low_res_cfg"))
@@ -681,7 +653,6 @@ def from_released_deepseek(config, tensors):
             renamed[name] = t[0] if "position_embedding" in name else t
     return ours, renamed, DEEPSEEK_PROMPT.replace("SYSTEM", DEEPSEEK_SYSTEM)
 
-
 @torch.no_grad()
 def fill(vlm, tensors, folder, new="-"):
     """Copy tensors, under our names, into the model. Exits when one is missing, left over or misshapen.
@@ -697,7 +668,6 @@ def fill(vlm, tensors, folder, new="-"):
             sys.exit(f"{folder}: {name} is {there} in the file, {here} in the model that "
                      "config.json describes")
         own[name].copy_(tensors[name])
-
 
 def place(config, tensors, tokenizer, folder, device, trained, frozen, new="-"):
     """The VLM of a config on a device, made without memory and then filled; see load_vlm and fill."""
@@ -722,7 +692,6 @@ def place(config, tensors, tokenizer, folder, device, trained, frozen, new="-"):
             module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
     return vlm
 
-
 def load_tokenizer(folder, prompt=None):
     """The tokenizer of a model folder with IMAGE_TOKEN, a pad and a chat template (prompt, if given)."""
     if not os.path.exists(os.path.join(folder, "tokenizer.json")):
@@ -736,7 +705,6 @@ def load_tokenizer(folder, prompt=None):
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
-
 
 def load_vlm(folder, device="cpu", trained=(), frozen=None):
     """Read a model folder, ours or a released one, or the newest complete checkpoint in it. -> VLM, tokenizer
@@ -755,7 +723,6 @@ def load_vlm(folder, device="cpu", trained=(), frozen=None):
     vlm.source_sha256 = digest  # a run writes down what it started from
     return vlm, tokenizer
 
-
 def local(name, flag):
     """The folder of this name, or a download of the Hugging Face model of this id."""
     if not os.path.isdir(name):
@@ -769,7 +736,6 @@ def local(name, flag):
     if not os.path.exists(os.path.join(name, "config.json")):
         sys.exit(f"{flag} {name} has no config.json: not a model in Hugging Face's layout")
     return name
-
 
 def join(llm, vision, projector="mlp", device="cpu", trained=(), frozen=None):
     """A VLM of a causal LM, a SigLIP tower (alone or in a SiglipModel) and a new projector. -> VLM, tokenizer
@@ -802,14 +768,12 @@ def join(llm, vision, projector="mlp", device="cpu", trained=(), frozen=None):
     vlm.source_sha256 = digest + digest_2
     return vlm, tokenizer
 
-
 def backbone_flags(add):
     """The flags for other backbones than tiny/, the same in every stage. add: a parser's add_argument"""
     add("--llm", help="instead of --init: Qwen2 or Llama causal LM, a folder or Hugging Face id")
     add("--vision", help="and with it: SigLIP model or vision tower, a folder or Hugging Face id")
     add("--projector", default="mlp", choices=["mlp", "gated"], help="new one between them (released: gated)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each layer")
-
 
 def start_vlm(args, device, trained):
     """What a stage trains: the model of --init, or --llm and --vision joined. -> VLM, tokenizer"""
@@ -821,7 +785,6 @@ def start_vlm(args, device, trained):
             module.compile()  # in place: no name changes; by layer: they are alike, one is compiled
     return vlm, tokenizer
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: out/step-N is complete or absent.  All files go into a temporary folder, the last one is
 # manifest.json with sizes and SHA-256 (safetensors has no checksum of its own: a flipped bit loads silently),
@@ -830,7 +793,6 @@ def start_vlm(args, device, trained):
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
 
 def intact(folder):
     """True when the folder has a manifest and every file in it has the size and the hash that stand there."""
@@ -841,12 +803,10 @@ def intact(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, unreadable, no manifest
         return False
 
-
 def steps_in(out):
     """Numbers N of all out/step-N, the newest first."""
     names = os.listdir(out) if os.path.isdir(out) else []
     return sorted((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
-
 
 def newest_checkpoint(out):
     """Path of the newest intact out/step-N, or None. Says so when it passes over a damaged one."""
@@ -858,7 +818,6 @@ def newest_checkpoint(out):
               file=sys.stderr)
     return None
 
-
 def finished(out):
     """True when the newest checkpoint is at the last step of its run: a half-trained model is no parent."""
     newest = newest_checkpoint(out)
@@ -866,7 +825,6 @@ def finished(out):
         return False
     state = read_json(newest, "trainer_state.json")
     return state["step"] == state["run"]["flags"]["steps"]
-
 
 def resolve(folder):
     """The model folder of this name, or the newest checkpoint in a run folder. Exits when there is none."""
@@ -879,7 +837,6 @@ def resolve(folder):
     if newest is None:
         sys.exit(f"{folder} holds no model: neither config.json nor a complete step-N checkpoint")
     return newest
-
 
 def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
     """Write out/step-N and delete all but the newest `keep`. state: a dict for trainer_state.json.
@@ -906,7 +863,6 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
     for old in steps_in(out)[keep:]:
         shutil.rmtree(os.path.join(out, f"step-{old}"))
 
-
 def load_checkpoint(folder, vlm, optimizer):
     """Put a checkpoint's weights and optimizer state into objects of that shape. -> its trainer_state.json"""
     state = read_json(folder, "trainer_state.json")
@@ -919,7 +875,6 @@ def load_checkpoint(folder, vlm, optimizer):
             device = "cpu" if field == "step" else parameters[name].device  # AdamW counts steps on the CPU
             optimizer.state[parameters[name]][field] = f.get_tensor(key).to(device)
     return state
-
 
 def start_or_resume(args, vlm, optimizer, run, rank):
     """Step to begin at: 0, or that of the newest complete checkpoint in args.out, put into vlm and optimizer.
@@ -957,14 +912,12 @@ def start_or_resume(args, vlm, optimizer, run, rank):
             f.writelines(kept)
     return state["step"]
 
-
 def peak_gigabytes(device):
     """Peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write a model in a layout that others load.")
@@ -979,7 +932,6 @@ def main(argv=None):
         tokenizer.save_pretrained(args.llm_to)
     if args.released_to:
         save_vlm(args.released_to, vlm, tokenizer, released=True)
-
 
 if __name__ == "__main__":
     main()
