@@ -13,7 +13,7 @@ import eval as evaluation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGET = {"data_gen.py": 420, "model.py": 450, "stage1_text_sft.py": 280, "stage2_kl_align.py": 540,
-          "stage3_mm_instruct.py": 290, "eval.py": 776}
+          "stage3_mm_instruct.py": 290, "eval.py": 781}
 
 
 def read(name):
