@@ -105,32 +105,37 @@ REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
 PHRASES = re.compile(  # said in words
     r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"
     r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确的|\b(?:option|choice) that is correct)"
-    r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|(?=不是))"
+    r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))"
     rf"\s?:?\s{{0,3}}{REST}|\b(?:it|that|this) (?:should|must) be {REST}"
     rf"|(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}"
     rf"|\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}"
     rf"|\b(?:so|it is|it's) {LETTER}(?=[.!]?$)|选项\s?{LETTER}\s?正确"
     rf"|(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
-    r" (?:the )?(?:correct|best|true|right(?: answer| option| choice| one|[.,!]))", re.I)
+    r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))", re.I)
 HEDGE = re.compile(
-    r"\b(?:might|maybe|perhaps|probably|possibly|likely|may be|could be|seems?|appears?|unsure|guess|either"
-    r"|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)|can't (?:tell|say))\b"
-    r"|可能|也许|不确定|无法确定", re.I)
+    r"\b(?:might|maybe|perhaps|probably|possibly|likely|may (?:also )?be|could be|seems?|appears?|unsure"
+    r"|guess|either|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)"
+    r"|can't (?:tell|say))\b|可能|也许|不确定|无法确定", re.I)
 TAKEN_BACK = re.compile(
-    r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|on second thought)\b"
+    r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry"
+    r"|on (?:second thought|reflection)|i meant)\b"
     r"|\b(?:this|that|it) (?:is|was) (?:wrong|incorrect|a mistake|not (?:right|correct))|等等|不对|更正", re.I)
-SUPPOSED = re.compile(r"\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b[^,]*$"
-                      r"|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|不要?$"
+SUPPOSED = re.compile(r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)"
+                      r"[^,]*$|\b(?:never|can) ?$|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|不要?$"
                       r"|\b(?:option|choice) [A-J] ?$", re.I)
 NOT = re.compile(r"(?:not|n't|neither|never)\b|\bno longer\b|contradict|不|≠|!=", re.I)
 COPULA = re.compile(r"(?<![<>!])=|\b(?:is|are|be|was|equals)\b(?: at(?= \())?|等于|为|是|共有")
 SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
 END = re.compile(  # what follows a candidate
-    r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b|, (?:so|as|and|about|or about) "
+    r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b|, (?:so|as|and|not|about|or about) "
     r"|,? (?:i\.e\.|因为)|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
 LEAD = re.compile(r"(?:(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice"
                   r"|the)\s+|选项\s?)", re.I)
+GIVEN = re.compile("(?:since|as|because|if|when|with|for) ", re.I)
+ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"
+    r"(?:[,;]|\b(?:and|while)\b)(?!.*\b(?:so|then|thus|hence|therefore|we|which)\b)[^,;]*$")
 TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether)$")
+OTHER_LETTER = re.compile(r"(?<![\w∠])(?<!not )[A-J](?![\w'])")
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")
 
 def clean(text):
@@ -178,7 +183,7 @@ def extract(reply):
     if first == last and len(first) <= 60 and not (COPULA.search(first) and wordy or first.endswith("?")):
         return clean(first), rule
     *before, text = COPULA.split(TAIL.sub("", last.rstrip(". ")))
-    several = len(before) > 1 and re.search(r"[,;] ?[A-Z∠]\w*\s*$", before[-1])  # "BC = 6, AB = 5"
+    several = len(before) > 1 and not GIVEN.match(last) and ANOTHER.search(before[-1])
     cut = len(sentences) > 1 and re.search(r"\w$", last)  # the reply ends within a sentence
     if before and len(text) <= 60 and not (several or cut or last.endswith("?") or NOT.search(last)
                                            or SUPPOSED.search("=".join(before))):
@@ -215,7 +220,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.Pow: lambda a, b: power(a, b)}
 THINGS = re.compile(  # "5 apples", but not "5 million", "5 thirds", "5 or more"
     r"(.*\d\)?) ?((?!.*\b(?:not|and|n?or|does|is|are|than|to|plus|minus|times|over|squared|cubed|wrong|above"
-    r"|below|under|off|pairs?|half|halves|quarters?|\w+ths?|thirds?|factorial|hundred|thousand|million"
+    r"|below|under|off|pairs?|half|halves|quarters?|\w+ths?|thirds?|factorial|hundred|fewer|thousand|million"
     r"|billion|dozen)\b)(?<= )[A-Za-z]{3,}(?: [A-Za-z]{3,})?|[个只条本人岁名块种次])")
 Number = namedtuple("Number", "values unit scale decimals")  # decimals: (places, digits)
 
@@ -323,8 +328,8 @@ def elements(text):
 
 def unlabel(text):
     """"slope = -4" -> ("slope", "-4"); "2 + 2 = 4" -> ("", "4"); an equation proper stays whole."""
-    name = r"(?:(?:[^\W\d]|[∠△' ])\d?){0,40}(?:\([A-Za-z]\))?"
-    if m := re.fullmatch(rf" ?({name}) ?=(?:[^=,]*=)* ?([^=]+)", text[-400:]):
+    name = r"(?:(?:[^\W\d]|[∠△' ])\d?){0,40}(?:\(\w\))?"
+    if m := re.fullmatch(rf" ?({name}) ?=(?:(?:(?! and )[^=,])*=)* ?((?:(?! and )[^=])+)", text[-400:]):
         return m[1].strip(), m[2].strip()
     left, _, right = text.rpartition("=")
     return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.]+", left) else text
@@ -371,9 +376,7 @@ def letter_of(found, n):
     m = re.match(r"[(\[]?([A-Z])(?:[)\].:]+|选项|项)?(?=$|\s|[^\w(=+*/^'-])", found) or re.fullmatch(
         r"[(\[]?([a-j])[)\]]?\.?", found)
     rest = found[m.end():] if m else ""
-    if not m or re.match(r"\s*(?:,|/|&|、|or\b|and\b|或|和)\s*[(\[]?[A-J]\b", rest) or (
-            len(m[0]) == 1 and re.match(" (?!is |because |since |as |for )[a-z]", rest)) or re.search(
-            r"(?:^|[\s;])[(\[]?[A-J][.:)]", rest):  # it lists the options
+    if not m or len(m[0]) == 1 and re.match(" (?!is |because |since |as |for )[a-z]", rest):
         return None, ""
     index = ascii_uppercase.index(m[1].upper())
     return index if index < n else None, rest
@@ -400,10 +403,12 @@ def score_answer(reply, gold, kind, choices=None):
         return Score(False, None, rule)
     if kind in ("choice", "choice_text"):
         index, rest = letter_of(found, len(options) or 10)
-        equal, also = ([k for k, option in enumerate(options) if same(clean(text), option)]
-                       for text in (found, rest))
+        equal, also = ([k for k, option in enumerate(options) if same(text, option)]
+                       for text in (clean(found), clean(rest).strip("()")))
         if index is not None and also and index not in also:
             return Score(False, found, rule + ", letter and text disagree")
+        if index is not None and not also and OTHER_LETTER.search(rest):
+            return Score(False, found, rule + ", several letters")
         if index is None or (kind == "choice_text" and equal):
             rule += ", option text" if equal else ", no option"
             index = equal[0] if len(equal) == 1 else None
