@@ -12,13 +12,8 @@ import data_gen
 import eval as evaluation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-<<<<<<< HEAD
 BUDGET = {"data_gen.py": 420, "model.py": 937, "stage1_text_sft.py": 280, "stage2_kl_align.py": 568,
           "stage3_mm_instruct.py": 290, "eval.py": 781}
-=======
-BUDGET = {"data_gen.py": 420, "model.py": 937, "stage1_text_sft.py": 280, "stage2_kl_align.py": 568,
-          "stage3_mm_instruct.py": 290, "eval.py": 781}
->>>>>>> eval-work
 
 
 def read(name):
