@@ -85,8 +85,8 @@ class HybridVision(nn.Module):
     def forward(self, pixel_values):  # (I, 3, S, S) -> last_hidden_state (I, P, 2 W), first SAM's half
         mean, std = (pixel_values.new_tensor(x)[:, None, None] for x in self.pixels)
         low = F.interpolate(pixel_values, self.config.image_size, mode="bilinear", antialias=True)
-        seen = (self.both.get_high_res_image_features((pixel_values / 2 + 0.5 - mean) / std),
-                self.both.get_low_res_image_features(low))
+        high = ((pixel_values / 2 + 0.5 - mean) / std).to(self.both.high_res_vision_alpha.dtype)
+        seen = self.both.get_high_res_image_features(high), self.both.get_low_res_image_features(low)
         return SimpleNamespace(last_hidden_state=torch.cat([half.last_hidden_state for half in seen], -1))
 
 class HybridProjector(nn.Module):
@@ -602,7 +602,7 @@ def save_vlm(folder, vlm, tokenizer, dtype=None, released=False):
     tokenizer.save_pretrained(folder)
 
 def read_tensors(folder):
-    """All tensors of model.safetensors or its shards, mapped but not read yet, and a hash of the files."""
+    """All tensors of model.safetensors or its shards, mapped, not copied, and a hash of the files."""
     names, index = ["model.safetensors"], os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
         names = sorted(set(read_json(index)["weight_map"].values()))
@@ -636,6 +636,7 @@ def from_released(folder, config, tensors):
     return ours, tensors, QWEN2_PROMPT
 
 def from_released_deepseek(config, tensors):
+    """The same for the layout of DeepSeek-VL's own code."""
     high, low = (config["vision_config"]["params"][k] for k in ("high_res_cfg", "low_res_cfg"))
     sam, siglip = ({"image_size": c["image_size"]} | HYBRID[c["model_name"]] for c in (high, low))
     siglip["num_hidden_layers"] += 1 + low.get("select_layer", -2)

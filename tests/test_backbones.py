@@ -370,6 +370,8 @@ def test_the_released_deepseek_layout_gives_the_logits_of_transformers(tmp_path,
     save_vlm(str(tmp_path / "o"), vlm, tok)
     with torch.no_grad():
         assert torch.equal(load_vlm(str(tmp_path / "o"))[0](batch), vlm(batch))
+        rows = load_vlm(str(tmp_path / "o"), frozen=torch.bfloat16)[0](batch)
+        assert rows.dtype == torch.bfloat16 and torch.isfinite(rows).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
