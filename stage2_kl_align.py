@@ -13,6 +13,8 @@ Differs from the paper in: the model and the data; four rungs of data_gen.py's l
 levels; every level is pulled to the text (--pairs top), not to its neighbour; --lam is 0.5.
 Differs from the released code in: the README's section "Paper, released code, this code".
 """
+from __future__ import annotations  # tl.constexpr is but a name until Triton is imported
+
 import argparse
 import functools
 import importlib.util
@@ -171,9 +173,8 @@ def write_log(args, line, numbers, lost):
 #
 # How to compute it.  Teacher and student share the frozen lm_head W (V, H); ht, hs (N, H) are their rows.
 #     T = ht W^T      D = (hs - ht) W^T      z_t = T      z_s = T + D                                     (5)
-# and not z_s = hs W^T: the gradient of a KL is a difference of two nearly equal distributions.  Rounding both
-# logits on their own leaves noise that stays when the student gets better; D shrinks with it, and hs == ht
-# gives exactly 0.
+# and not z_s = hs W^T: a KL's gradient is a difference of two nearly equal distributions.  Rounding both
+# leaves noise that stays when the student gets better; D shrinks with it, and hs == ht gives exactly 0.
 #
 # With a_t, a_s the scales of the two softmaxes (1 / tau; one per row when standardized), for each row
 #     t = a_t T      e = a_s D + (a_s - a_t) T      s = t + e
@@ -192,7 +193,7 @@ def write_log(args, line, numbers, lost):
 # Memory traffic.  A chunk of n rows in bfloat16: the product (5) writes T and D, 4 n V bytes; visit 1 of the
 # kernel reads both (4), visit 2 reads both and writes G over D (6), the product (11) reads G (2).  Together
 # 16 n V bytes, 10 of them the kernel's, for which align_rows, one operation at a time in float32, moves about
-# 160 (count its operations).  What remains is arithmetic: three products of 2 N H V operations.  So: the
+# 170 (count its operations).  What remains is arithmetic: three products of 2 N H V operations.  So: the
 # products to cuBLAS, all that stands between them into ONE kernel, and no third visit.
 #
 # Why two visits are enough: (9) needs L_RKL of the whole row, and by (7)
@@ -204,19 +205,18 @@ def write_log(args, line, numbers, lost):
 # ============================================================================================================
 CHUNK_ELEMENTS = 2 ** 20  # eager: rows x V of a chunk; 4 MB a tensor, a dozen of them stays near the caches
 MIN_ROWS = 64  # of an eager chunk: each reads all of W.  At V 151,936, 6 rows a chunk took 3.4 x as long
-CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: float32, a third of the rows)
+CHUNK_ROWS = 2048  # kernel: T and D of V 151,936 in bfloat16 are 1.2 GB (exact: a quarter of the rows)
 _covariance = [lambda: None, None, None]  # for (12): weak reference to W, what else C depends on, C
 
 def row_scales(hs, ht, weight, n_vocab, tau, standardize, dtype):
     """a_s and a_t: 1 / tau for every row, or 1 / (tau * std of the row's logits). -> (N,), (N,) float32"""
     if not standardize:
         return (torch.full(hs.shape[:1], 1 / tau, device=hs.device),) * 2
-    # _version counts changes in place: an optimizer step makes C stale
-    state = weight._version, n_vocab, dtype, torch.is_inference_mode_enabled()
+    state = weight._version, n_vocab, dtype, torch.is_inference_mode_enabled()  # _version: changes in place
     if _covariance[0]() is not weight or _covariance[1] != state or weight.requires_grad:
-        W = weight[:n_vocab]
-        mean = W.mean(0, dtype=torch.float32)  # in slices: never a float32 copy of all of W
-        C = sum(x.T @ x for x in (part.float() - mean for part in W.split(2 ** 14))) / max(1, n_vocab - 1)
+        mean = weight[:n_vocab].mean(0, dtype=torch.float32)  # (H,)
+        parts = (W.float() - mean for W in weight[:n_vocab].split(2 ** 14))  # not a float32 copy of all of W
+        C = sum(W.T @ W for W in parts) / max(1, n_vocab - 1)
         _covariance[:] = weakref.ref(weight), state, C.to(dtype)
     C, ht, d = _covariance[2], ht.float(), hs.float() - ht.float()  # (H, H), (N, H), (N, H)
     var_t = ((ht.to(dtype) @ C) * ht).sum(-1)  # (N,)  (12)
@@ -260,32 +260,20 @@ def align_rows(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
         slab[len(T):] = g.scatter_add_(1, y, -w_c * known.float())  # (10)
     return torch.stack([fkl, rkl, hard[:, 0], da], 1)
 
-class tl:  # until compiled_kernel() imports triton.language under this name, for the annotations below
-    constexpr = "constexpr"
-
 def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w_c, V: tl.constexpr,
                      BLOCK: tl.constexpr, RESCALED: tl.constexpr, TRAIN: tl.constexpr):
-    """align_rows for Triton: one program a row, which visits the row twice, BLOCK columns at a time.
-
-    Arithmetic is float32 whatever the slab holds.  V is a constant: real vocabularies do not change in a run.
-    """
+    """align_rows for Triton, in float32: a program a row, which visits it twice, BLOCK columns at a time."""
     row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride goes beyond 2^31
     T, D, cols = slab + row * stride, slab + (row + n) * stride, tl.arange(0, BLOCK)
     a_t, a_s, y = tl.load(a_t_of + row), tl.load(a_s_of + row), tl.load(label_of + row).to(tl.int32)
-    known = y >= 0
-    w_c = tl.where(known, w_c, 0.0)
-    at_y = tl.where(known, y, 0)
-    z_y = tl.load(T + at_y).to(tl.float32) + tl.load(D + at_y).to(tl.float32)
-    low = -float("inf")
-    m_t, m_s, m_z, none = low, low, low, tl.zeros([BLOCK], tl.float32)
-    Z_t, Z_s, Z_z, B = none, none, none, none  # (BLOCK,) one sum a column: adding them up can wait
+    known, low, none = y >= 0, -float("inf"), tl.zeros([BLOCK], tl.float32)
+    z_y = tl.load(T + y, known, 0.0).to(tl.float32) + tl.load(D + y, known, 0.0).to(tl.float32)
+    m_t, m_s, m_z, Z_t, Z_s, Z_z, B = low, low, low, none, none, none, none  # sums (BLOCK,): added up last
     for i in range(0, V, BLOCK):  # visit 1: maxima, sums and B of (13), all rescaled when a maximum grows
         inside = i + cols < V
         x = tl.load(T + i + cols, inside, 0.0).to(tl.float32)  # (BLOCK,) teacher's logits
         d = tl.load(D + i + cols, inside, 0.0).to(tl.float32)  # (BLOCK,) student's minus teacher's
-        t, e = x, d
-        if RESCALED:
-            t, e = a_t * x, a_s * d + (a_s - a_t) * x
+        t, e = (a_t * x, a_s * d + (a_s - a_t) * x) if RESCALED else (x, d)
         t = tl.where(inside, t, low)
         s = t + e
         M = tl.maximum(m_t, tl.max(t, 0))
@@ -306,31 +294,25 @@ def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w
         inside = i + cols < V
         x = tl.load(T + i + cols, inside, 0.0).to(tl.float32)
         d = tl.load(D + i + cols, inside, 0.0).to(tl.float32)
-        t, e = x, d
-        if RESCALED:
-            t, e = a_t * x, a_s * d + (a_s - a_t) * x
+        t, e = (a_t * x, a_s * d + (a_s - a_t) * x) if RESCALED else (x, d)
         t = tl.where(inside, t, low)
         p, q, delta = tl.exp(t - m_t) * over_t, tl.exp(t + e - m_s) * over_s, e - dL  # (7)
-        # exp(delta) - 1 for |delta| < 1/4 by its series: the first term left out is below 2^-24 of the sum
-        near = 1 / 6 + delta * (1 / 24 + delta * (1 / 120 + delta * (1 / 720)))
-        near = delta * (1 + delta * (1 / 2 + delta * near))
-        diff = tl.where(tl.abs(delta) < 0.25, p * near, q - p)
+        # exp(delta) - 1 for |delta| < 1/8 by its series: the first term left out is below 2^-24 of the sum
+        near = delta * (1 + delta * (1 / 2 + delta * (1 / 6 + delta * (1 / 24 + delta * (1 / 120)))))
+        diff = tl.where(tl.abs(delta) < 0.125, p * near, q - p)
         fkl += diff - p * delta  # (8)
         rkl += q * delta - diff
         if TRAIN:
             g = w_f * diff + w_r * q * (delta - center)  # (9)
-            q_raw = q
             if RESCALED:
                 da += g * (x + d)
-                q_raw = tl.exp(tl.where(inside, x + d, low) - lse)
-            g = a_s * g if RESCALED else g
-            G = g + w_c * (q_raw - tl.where(i + cols == y, 1.0, 0.0))  # (10)
+            q_raw = tl.exp(x + d - lse) if RESCALED else q
+            G = a_s * g + tl.where(known, w_c, 0.0) * (q_raw - tl.where(i + cols == y, 1.0, 0.0))  # (10)
             tl.store(D + i + cols, G.to(slab.dtype.element_ty), inside)
-    fkl, rkl, da = tl.sum(fkl, 0), tl.sum(rkl, 0), tl.sum(da, 0)
-    tl.store(out + 4 * row, fkl)
-    tl.store(out + 4 * row + 1, rkl)
+    tl.store(out + 4 * row, tl.sum(fkl, 0))
+    tl.store(out + 4 * row + 1, tl.sum(rkl, 0))
     tl.store(out + 4 * row + 2, tl.where(known, lse - z_y, 0.0))
-    tl.store(out + 4 * row + 3, da)
+    tl.store(out + 4 * row + 3, tl.sum(da, 0))
 
 @functools.cache
 def compiled_kernel():
@@ -341,12 +323,10 @@ def compiled_kernel():
     return triton.jit(align_row_kernel, do_not_specialize=["n"])  # else another compilation for n = 1 or 16 k
 
 def align_rows_triton(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
-    """align_rows in one kernel. 8 columns a thread: one 16-byte load.
-
-    maxnreg: registers a thread without spills (tests/compile_kernel.py); ptxas alone aims at 64 and spills.
-    """
-    n, V = len(a_t), slab.shape[1]
-    out, block = torch.empty(n, 4, device=slab.device), min(2048, 1 << (V - 1).bit_length())
+    """align_rows in one kernel."""
+    n, V, out = len(a_t), slab.shape[1], torch.empty(len(a_t), 4, device=slab.device)
+    block = min(2048, 1 << (V - 1).bit_length())  # 8 columns a thread: one 16-byte load
+    # maxnreg: the compiler alone aims at 64 registers a thread and spills (tests/compile_kernel.py)
     compiled_kernel()[(n,)](slab, a_t, a_s, labels, out, n, slab.stride(0), w_f, w_r, w_c, V=V, BLOCK=block,
                             RESCALED=rescaled, TRAIN=train, num_warps=8, maxnreg=96 if rescaled else 80)
     return out
@@ -361,10 +341,7 @@ def product(a, b, out):
     return out
 
 class FusedKLAlign(torch.autograd.Function):
-    """Equations (5)-(11) for a chunk of rows at a time: logits exist for no more rows than that.
-
-    Loss and gradient come from the same visit, in forward; backward only has to multiply by a scalar.
-    """
+    """(5)-(11), logits of one chunk of rows at a time. Forward makes the gradient too, backward scales it."""
     @staticmethod
     def forward(ctx, hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, n_vocab, n_total, dtype, fused, exact,
                 train):
@@ -374,14 +351,13 @@ class FusedKLAlign(torch.autograd.Function):
         dW = torch.zeros(weight.shape, device=hs.device) if train_head else None  # (V, H) float32
         sums, da = torch.zeros(3, dtype=torch.float64, device=hs.device), torch.zeros(N, device=hs.device)
         weights = [w / n_total for w in (lam * tau ** 2 * alpha, lam * tau ** 2 * (1 - alpha), 1 - lam)]
-        n = min(CHUNK_ROWS // (1 + 2 * exact) if fused else max(MIN_ROWS, CHUNK_ELEMENTS // n_vocab), N)
-        # One slab for all chunks.  Rows of a multiple of 16 elements: then a load takes 16 bytes
-        room = torch.empty(2 * n, -(-n_vocab // 16) * 16, dtype=torch.float32 if exact else dtype,
-                           device=hs.device)[:, :n_vocab]
+        n = min(CHUNK_ROWS // (1 + 3 * exact) if fused else max(MIN_ROWS, CHUNK_ELEMENTS // n_vocab), N)
+        # One slab for all chunks.  Rows of a multiple of 16 elements: cuBLAS and Triton load 16 bytes at once
+        room = hs.new_empty(2 * n, -(-n_vocab // 16) * 16, dtype=torch.float32 if exact else dtype)
         for c in (slice(i, min(i + n, N)) for i in range(0, N, max(1, n))):
             h_t, h_d = ht[c].float(), hs[c].float() - ht[c].float()  # subtract first, round to dtype after
             h = torch.cat([h_t, h_d]).to(dtype)  # (2n, H)
-            slab = (product if exact else torch.mm)(h, W.T, out=room[:len(h)])  # (2n, V)  (5)
+            slab = (product if exact else torch.mm)(h, W.T, out=room[:len(h), :n_vocab])  # (2n, V)  (5)
             rows = (align_rows_triton if fused else align_rows)(
                 slab, a_t[c], a_s[c], labels[c], *weights, rescaled, train)  # (n, 4)  (6)-(10)
             sums += rows[:, :3].sum(0, dtype=torch.float64)
@@ -409,25 +385,26 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
 
     hs, ht      (N, H) float32 or bfloat16: student and teacher rows after the final norm; ht is a constant
     weight      (V, H) lm_head of both sides; gets a gradient if it asks for one
-    labels      (N,) int64, the token each row has to predict; -100: no hard loss for that row, its KL counts
+    labels      (N,) int64, the token each row has to predict; negative: no hard loss there, its KL counts
     n_vocab     how many rows of weight are real, when it is padded (default: all)
     n_total     what the sums are divided by: answer tokens of all processes and micro-batches (default: N)
     kernel      "eager" (PyTorch), "triton" (CUDA, or any CPU with TRITON_INTERPRET=1, slowly) or "auto"
-    exact       keep T and D in float32 when weight is bfloat16: more digits for more time and memory
+    exact       keep T and D in float32 when weight is bfloat16: more digits for more time
     returns     loss, {"kl_teacher_student", "kl_student_teacher", "ce"}: scalars, nats per answer token
-    raises      ValueError for shapes or settings that do not fit
+    raises      ValueError for shapes or settings that do not fit, RuntimeError for a label not below n_vocab
     """
     N, V = hs.shape[0], weight.shape[0] if n_vocab is None else n_vocab
     if not (hs.shape == ht.shape == (N, weight.shape[1]) and labels.shape == (N,) and 0 < V <= len(weight)):
         shapes = *(tuple(x.shape) for x in (hs, ht, weight, labels)), V
         raise ValueError(f"shapes of hs, ht, weight, labels and n_vocab do not fit: {shapes}")
-    if not (0 <= alpha <= 1 and 0 <= lam <= 1 and tau > 0) or kernel not in ("auto", "triton", "eager"):
-        raise ValueError(f"want alpha and lam in [0, 1], tau above 0, kernel auto, triton or eager, "
+    good = 0 <= alpha <= 1 and 0 <= lam <= 1 and 0 < tau < math.inf
+    if not good or kernel not in ("auto", "triton", "eager"):
+        raise ValueError("want alpha and lam in [0, 1], tau above 0, kernel auto, triton or eager, "
                          f"not {alpha}, {lam}, {tau}, {kernel!r}")
     if kernel == "triton" and not hs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel triton needs a CUDA device; for a CPU set TRITON_INTERPRET=1 beforehand")
     fused = kernel == "triton" or kernel == "auto" and hs.is_cuda and bool(importlib.util.find_spec("triton"))
-    torch._assert_async((labels < V).all(), "a label is not below n_vocab")  # on CUDA no wait for the answer
+    torch._assert_async((labels < V).all(), "a label is not below n_vocab")  # on CUDA nothing waits for it
     device, ht = hs.device.type, ht.detach()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):  # the matrix products run in dtype, all else in float32
