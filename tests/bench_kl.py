@@ -51,11 +51,11 @@ def ours(hs, ht, W, labels, **setting):
 
 def three_products(hs, ht, W, chunk):
     """The floor: (5) and (11) alone, chunk by chunk into the same memory."""
-    slab = torch.empty(2 * chunk, len(W), dtype=W.dtype, device=W.device)
+    slab, dX = W.new_empty(2 * chunk, len(W)), torch.empty(hs.shape, device=W.device)
     for i in range(0, len(hs), chunk):
         h = torch.cat([ht[i:i + chunk], hs[i:i + chunk]]).to(W.dtype)
         torch.mm(h, W.T, out=slab[:len(h)])
-        stage2.product(slab[:len(h) // 2], W)
+        stage2.product(slab[:len(h) // 2], W, out=dX[i:i + chunk])
 
 
 def liger(hs, ht, W, labels):
@@ -67,6 +67,14 @@ def liger(hs, ht, W, labels):
             + (1 - LAM) * liger_fused_linear_cross_entropy(h, W, labels))
 
 
+def liger_chunked(hs, ht, W, labels, compiled=True):
+    """liger-kernel's PyTorch losses, chunk by chunk, compiled. They make a gradient of W, wanted or not."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    parts = (0., LAM * ALPHA, 1 - LAM), (1., LAM * (1 - ALPHA), 0.)  # beta, share of the KL, of the hard loss
+    return sum(LigerFusedLinearJSDLoss(hard, soft, beta, compiled=compiled)(
+        hs.to(W.dtype), W, ht.to(W.dtype), W, labels) for beta, soft, hard in parts)
+
+
 def competitors():
     """-> {name: function of (hs, ht, W, labels)}, and a line for every peer that is missing."""
     runs, missing = {"this code": ours, "full logits": full_logits}, []
@@ -74,10 +82,10 @@ def competitors():
     runs["standardized"] = functools.partial(ours, standardize=True)
     if CUDA:
         runs["exact"] = functools.partial(ours, exact=True)
-        runs["torch.compile"] = torch.compile(full_logits)
+        runs["torch.compile"] = torch.compile(full_logits, dynamic=False)
         try:
             import liger_kernel  # noqa: F401
-            runs["liger"] = liger
+            runs |= {"liger": liger, "liger chunked": liger_chunked}
         except ImportError:
             missing.append("liger-kernel: not installed")
     else:
@@ -128,8 +136,10 @@ def time_shape(N, H, V, rounds):
                 before = torch.cuda.memory_allocated()
             call()  # compiles, allocates
             memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e9 if CUDA else None
-        except torch.OutOfMemoryError:
-            missing.append(f"{name}: out of memory")
+        except RuntimeError as error:  # a peer's trouble, out of memory above all, must not end the run
+            if name == "this code":
+                raise
+            missing.append(f"{name}: {type(error).__name__} {str(error)[:100]}")
             del calls[name], found[name]
     for _ in range(rounds):
         for name, call in calls.items():
@@ -151,6 +161,22 @@ def row_kernel(N, V, rounds):
     own, moved = (statistics.median(t) for t in zip(*times))
     rate = 2 * slab.numel() * 2 / moved  # read and written
     return {"rows": n, "ms": 1e3 * own, "copy_tb_s": rate / 1e12, "over_traffic": own / (10 * n * V / rate)}
+
+
+def dx_product(N, H, V, rounds):
+    """ms of (11) for a chunk, plain and as a sum over S slices of V: which should product() be? CUDA only."""
+    n = min(N, stage2.CHUNK_ROWS)
+    G, W = (torch.randn(rows, width, device="cuda").bfloat16() for rows, width in ((n, V), (V, H)))
+    out = torch.empty(n, H, device="cuda")
+
+    def sliced(S):
+        return torch.bmm(G.view(n, S, -1).transpose(0, 1), W.view(S, -1, H), out_dtype=torch.float32).sum(0)
+    ways = {"mm": functools.partial(stage2.product, G, W, out=out)}
+    ways |= {f"bmm of {S} slices": functools.partial(sliced, S) for S in (4, 8)}
+    for way in ways.values():
+        way()
+    times = [[seconds(way) for way in ways.values()] for _ in range(rounds)]
+    return {name: 1e3 * statistics.median(t) for name, t in zip(ways, zip(*times))}
 
 
 def accuracy(N=64, H=1536, V=20_000):
@@ -219,7 +245,8 @@ def main():
         entry = {"N": N, "H": H, "V": V, "floor_ms": floor, "table": table, "missing": missing}
         if CUDA:
             entry["row_kernel"] = row_kernel(N, V, args.rounds)
-            print("  row kernel", entry["row_kernel"])
+            entry["dx_product_ms"] = dx_product(N, H, V, args.rounds)
+            print("  row kernel", entry["row_kernel"], "\n  dX product, ms", entry["dx_product_ms"])
         result["shapes"].append(entry)
     print("\nrelative error of the gradient against float64 (bfloat16 head)")
     result["accuracy"] = accuracy()

@@ -2,6 +2,7 @@
 
 Without a GPU the Triton kernel runs in Triton's interpreter (conftest.py); without Triton its tests skip.
 """
+import functools
 import importlib.util
 import json
 import math
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench_kl
 import stage2_kl_align
 
 WITHOUT_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
@@ -220,6 +222,22 @@ def test_logits_of_one_chunk_only_and_no_waiting_for_the_device(standardize, mon
         kl_align_loss(hs, ht, W, labels, alpha=.5, lam=.5, standardize=standardize)[0].backward()
     assert seen.largest == 2 * 8 * 4096  # T and D of 8 rows; the logits of all rows would be 262,144
     assert KERNEL == "eager" or not seen.waits  # the eager rows look whether an exp could overflow
+
+
+def test_the_benchmark_compares_equal_functions():
+    hs, ht, W, labels = example()
+    labels = labels.clamp_min(0)  # the peers' means are over rows with a label
+    setting = dict(alpha=bench_kl.ALPHA, lam=bench_kl.LAM)
+    peers = [(bench_kl.full_logits, {}),
+             (functools.partial(bench_kl.full_logits, released=True), dict(standardize=True))]
+    if importlib.util.find_spec("liger_kernel"):
+        peers.append((functools.partial(bench_kl.liger_chunked, compiled=False), {}))
+    for peer, extra in peers:
+        loss, _, grad = run(hs, ht, W, labels, **setting, **extra)
+        theirs = peer(hs, ht, W, labels)
+        assert error(theirs.detach(), loss.detach()) < 1e-5
+        assert error(torch.autograd.grad(theirs, hs)[0], grad) < 1e-5
+    bench_kl.three_products(hs.detach(), ht, W, 4)
 
 
 def test_the_teacher_is_a_constant_even_if_it_asks_for_a_gradient():
