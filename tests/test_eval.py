@@ -236,6 +236,8 @@ def test_mathvista_by_task_and_skill(tmp_path, capsys):
     assert result["groups"]["skill: logical reasoning"] == {"correct": 0, "n": 1, "unparsed": 0}
     assert result["groups"]["task: figure question answering"]["correct"] == 2
     assert [r["id"] for r in lines] == ["1", "2", "10"]
+    args = evaluation.parse_args(["m", "--benchmark", "mathvista", "--data", str(tmp_path / "0.json")])
+    assert [item["id"] for item in evaluation.load_items(args)[0]] == ["1", "2", "3", "10"]  # the file: 1 2 10 3
     assert "(A) Yes\n(B) No" in lines[0]["prompt"]
     assert "(Unit: cm)" in lines[1]["prompt"] and "1 decimal place" in lines[1]["prompt"]
 
@@ -328,14 +330,14 @@ def test_a_killed_run_continues(small, tmp_path, monkeypatch, capsys):
     def counted(self, batch, *rest):
         if len(done) == 2:
             done.append(0)
+            assert len(path.read_bytes().splitlines()) == 1 + 20  # flushed: kill -9 closes no file
             raise KeyboardInterrupt
         done.append(len(batch.input_ids))
         return generate(self, batch, *rest)
     monkeypatch.setattr(model.VLM, "generate", counted)
+    path = tmp_path / "killed" / "replies.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run_on(small, tmp_path / "killed", *flags)
-    path = tmp_path / "killed" / "replies.jsonl"
-    assert len(path.read_bytes().splitlines()) == 1 + 20  # flushed: header and two batches
     with open(path, "a") as f:
         f.write('{"id": "test-000005/text_on')
     assert run_on(small, tmp_path / "killed", *flags) == whole and sum(done) == 36
