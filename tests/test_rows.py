@@ -133,7 +133,7 @@ BAD = [  # (line, what is said about it); file:2 comes before
         (row(image_url=3), "'image_url' is missing or not"), (row(image="p.png"), "it is 'image_url'"),
         (row(image_url="no.png", id="q7"), "row q7: picture no.png is no file"),
         *((row(image_url=path), f"picture {path} is no file inside") for path in (
-            "../out.png", "link.png", "http://x/p.png", ".", "/etc/passwd", "../data2/p.png")),
+            "../out.png", "link.png", "http://x/p.png", ".", "sub", "/etc/passwd", "../data2/p.png")),
         (llava("<image>\nA?", "B", image=None), "<image> but no picture"),
         (llava("A <image> B?", "B"), "a picture but no <image>"),
         (llava("A?", "B", "C?", image=None), "texts of human, gpt"),
@@ -152,6 +152,7 @@ def outside(folder):
     Image.new("L", (9, 9)).save(folder / "out.png")
     Image.new("L", (9, 9)).save(folder / "data" / "p.png")
     os.symlink(folder / "out.png", folder / "data" / "link.png")
+    (folder / "data" / "sub").mkdir()
     (folder / "data2").mkdir()  # its name begins as the root's does
     Image.new("L", (9, 9)).save(folder / "data2" / "p.png")
     return folder / "data"
