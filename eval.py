@@ -11,7 +11,6 @@ In this order: the scorer, the problems, the replies, the reports.
 import argparse
 import ast
 import functools
-import hashlib
 import json
 import math
 import operator

@@ -293,8 +293,8 @@ def test_the_language_model_alone_loads_with_transformers(tmp_path):
 def hybrid():
     """A small DeepSeek-VL hybrid model of transformers, and its state dict in the released names."""
     low = VISION | dict(model_type="siglip_vision_model", hidden_act="gelu", vision_use_head=False, hidden_size=32)
-    high = dict(model_type="sam_vision_model", hidden_size=24, num_hidden_layers=12, num_attention_heads=2, image_size=96,
-                patch_size=16, output_channels=8, window_size=4)
+    high = dict(model_type="sam_vision_model", hidden_size=24, num_hidden_layers=12, num_attention_heads=2,
+                image_size=96, patch_size=16, output_channels=8, window_size=4)
     text = TEXT | dict(model_type="llama", vocab_size=320)
     whole = randomize(DeepseekVLHybridForConditionalGeneration(DeepseekVLHybridConfig(
         vision_config=low, high_res_vision_config=high, text_config=text, tie_word_embeddings=False)))
@@ -334,7 +334,7 @@ def hybrid():
             assert name == "lm_head.weight"
             out["language_model.lm_head.weight"] = t
     for k in ("high", "low"):  # in the released state dict, in no forward
-        out |= {f"vision_model.{k}_layer_norm.weight": torch.ones(32), f"vision_model.{k}_layer_norm.bias": torch.ones(32)}
+        out |= {f"vision_model.{k}_layer_norm.{part}": torch.ones(32) for part in ("weight", "bias")}
     return whole, out | {f"{S}attn_pool.latent": torch.ones(1, 1, 32)}, low, high, text
 
 
@@ -343,7 +343,8 @@ def test_the_released_deepseek_layout_gives_the_logits_of_transformers(tmp_path,
     monkeypatch.setattr(model, "HYBRID", {"sam_b_downsample": high, "siglip_large_patch16_384": low})
     mean, std = [.48, .46, .41], [.27, .26, .28]
     write_shards(tmp_path / "r", tensors, {
-        "model_type": "multi_modality", "language_config": text, "vision_config": {"cls": "HybridVisionTower", "params": {
+        "model_type": "multi_modality", "language_config": text,
+        "vision_config": {"cls": "HybridVisionTower", "params": {
             "high_res_cfg": {"model_name": "sam_b_downsample", "image_size": 96, "pixel_mean": mean, "pixel_std": std,
                              "select_layer": -1},
             "low_res_cfg": {"model_name": "siglip_large_patch16_384", "image_size": 48, "pixel_mean": [.5] * 3,
@@ -362,11 +363,13 @@ def test_the_released_deepseek_layout_gives_the_logits_of_transformers(tmp_path,
                      attention_mask=batch.attention_mask).logits[batch.labels != IGNORE]
         assert torch.allclose(vlm(batch) @ vlm.lm_head.T, want, atol=1e-4) and want.std() > .3
     assert vlm.image_tokens == 9 and vlm.config["image_size"] == 96 and not vlm.unused
-    assert tok.decode(batch.input_ids[0]).startswith("<|begin_of_text|>You are a helpful language and vision assistant.")
-    assert "natural language.\n\nUser: " + "<|image|>" * 9 + "Find angle A.\n\nAssistant:60" in tok.decode(batch.input_ids[0])
+    prompt = tok.decode(batch.input_ids[0])
+    assert prompt.startswith("<|begin_of_text|>You are a helpful language and vision assistant.")
+    assert "natural language.\n\nUser: " + "<|image|>" * 9 + "Find angle A.\n\nAssistant:60" in prompt
     Image.new("RGB", (96, 48), "white").save(tmp_path / "wide.png")  # the aspect is kept, on a grey square
     square = make_batch(vlm, tok, [row(image="wide.png")], root=str(tmp_path)).pixel_values[0]
-    assert square[:, 48, 48].min() > .99 and torch.allclose((square[:, 0, 0] + 1) * 127.5, torch.tensor([122., 116, 104]))
+    margin = torch.tensor([122., 116, 104])
+    assert square[:, 48, 48].min() > .99 and torch.allclose((square[:, 0, 0] + 1) * 127.5, margin)
     save_vlm(str(tmp_path / "o"), vlm, tok)
     with torch.no_grad():
         assert torch.equal(load_vlm(str(tmp_path / "o"))[0](batch), vlm(batch))
@@ -397,7 +400,8 @@ def test_from_a_qwen_and_a_siglip_folder_through_stages_2_and_3_to_the_table(tmp
     after = load_vlm("out/stage2")[0]
     assert torch.equal(after.lm_head, language.lm_head.weight)
     assert not torch.equal(after.projector.up_proj.weight, join(llm, vision, "gated")[0].projector.up_proj.weight)
-    assert os.path.exists("out/stage2/step-2/model.safetensors") and "projector: 3,072 parameters, trained" in capsys.readouterr().out
+    assert os.path.exists("out/stage2/step-2/model.safetensors")
+    assert "projector: 3,072 parameters, trained" in capsys.readouterr().out
     stage3_mm_instruct.main([*flags(data, "out/stage3", init="out/stage2"), "--no-evaluate"])
     evaluation.main(["out/stage3", "--data", data, "--max_new_tokens", "4"])
     assert "relative gap" in capsys.readouterr().out

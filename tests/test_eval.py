@@ -412,5 +412,7 @@ def test_gold_answers_of_the_real_files_score_100(tmp_path):
         for item in items:
             for k, option in enumerate(item["choices"] or ()):
                 score = score_answer(f"The answer is {option}.", item["answer"], item["kind"], item["choices"])
-                letter = item["answer"] if item["kind"] == "choice" else "ABCDEFGH"[item["choices"].index(item["answer"])]
+                letter = item["answer"]
+                if item["kind"] != "choice":
+                    letter = "ABCDEFGH"[item["choices"].index(item["answer"])]
                 assert not score.match or "ABCDEFGH"[k] == letter, (item["id"], option)

@@ -33,9 +33,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from data_gen import (COLS, DEFAULT_SIZE, QUESTION_ROWS, ROWS, SINK, draw_problem,  # noqa: E402
-                      make_problem, place, text_of, write)
-from model import IGNORE, IMAGE_TOKEN, Batch, build, collate, encode_example, save_vlm  # noqa: E402
+from data_gen import (COLS, DEFAULT_SIZE, ROWS, draw_problem, make_problem,  # noqa: E402
+                      place, text_of, write)
+from model import IGNORE, IMAGE_TOKEN, build, collate, encode_example, save_vlm  # noqa: E402
 
 MIX_PICTURES = {"labels": .3, "question": .15, "compute": .35, "aside": .2}
 MIX_TEXT = {"problem": .55, "arithmetic": .25, "compute": .2}
@@ -128,7 +128,7 @@ def computing(r):
 def random_picture(labels, r):
     """Labels at random free places among random strokes, unlike any problem. -> (image, {cell: character})"""
     image = Image.new("L", (DEFAULT_SIZE, DEFAULT_SIZE), 255)
-    draw, u = ImageDraw.Draw(image), DEFAULT_SIZE / COLS
+    draw = ImageDraw.Draw(image)
     point = lambda: (r.uniform(1, 17) * 6, r.uniform(7, 17) * 6)
     for _ in range(r.randint(0, 4)):
         (x0, y0), (x1, y1) = point(), point()
