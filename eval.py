@@ -60,6 +60,16 @@ def parse_args(argv=None):
 # (number); equal as values, lists, relations, equations or text (same); the verdict (score_answer).  In doubt
 # it is wrong: no nearest option, no last number of a reply, nothing for an empty one.  The cases that it was
 # written against, with a reason each, are a table in tests/score_cases.py.
+#
+# Why was this reply marked so?  Its `rule` says where the answer was found, the first that applies:
+#     same text      the reply is the right answer, character for character, and nothing else
+#     first words    it begins with one of the options: "Yes, because ..."
+#     answer mark    \\boxed{}, <answer>, [[ ]], ####, Answer: on a line of its own (MARKS); the last one
+#     answer phrase  "the answer is", "choose", and the like (PHRASES); the last one not negated or supposed
+#     only line, first line    a line that is a value or a letter, and the only such line
+#     last sentence  what stands behind its last "is" or "=" (COPULA)
+# or why there is none: two answers marked, two answers stated, hedged, nothing found.  For a choice it goes
+# on with: option text, no option, several letters, letter and text disagree.
 # ------------------------------------------------------------------------------------------------------------
 KINDS = ("choice", "choice_text", "integer", "float", "list", "free")
 Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text that was marked; why that text
@@ -71,7 +81,7 @@ SPELLING = [line.split() for line in (  # the last one of a line replaces the ot
 LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out, a level a turn
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}", r"\1"),
     (r"\^\{([^{}]*)\}", r"^(\1)"), (r"\\[dtc]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"((\1)/(\2))"),
-    (r"\\[dtc]?frac\s?(\d)\s?(\d)", r"(\1/\2)"), (r"\\sqrt\s?\{([^{}]*)\}", r" sqrt(\1)"),
+    (r"\\[dtc]?frac\s?(\d)\s?(\d)", r"(\1/\2)"), (r"\\?sqrt\s?\{([^{}]*)\}", r" sqrt(\1)"),
     (r"\\sqrt\s?\[(\d)\]\s?\{([^{}]*)\}", r"((\2)^(1/\1))"), (r"\\(sqrt|sin|cos|tan|ln|log|pi)", r" \1 "),
     (r"π", " pi "), (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
 
@@ -98,7 +108,8 @@ def normalise(text):
 # Where a final answer stands.  Inside a class of places the last one wins: replies correct themselves.
 MARKS = [re.compile(p) for p in (  # made for it
     r"\\f?box(?:ed)?\s?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\}){0,400})\}",
-    r"<answer>([^<]*)</answer>", r"\[\[([^\[\]]*)\]\]", r"####\s?([^\n]*)", r"†\s?Answer\s?:\s?([^\n†]*)",
+    r"<answer>((?:(?!</?answer>)[\s\S]){0,400})</answer>", r"\[\[([^\[\]]*)\]\]",
+    r"####\s?([^\n]*)", r"†\s?Answer\s?:\s?([^\n†]*)",
     r"<Answer>\s?:?\s?<<([^<>]*)>>", r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]
 REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
 PHRASES = re.compile(  # said in words
@@ -108,31 +119,42 @@ PHRASES = re.compile(  # said in words
     rf"\s?:?\s{{0,3}}{REST}|\b(?:it|that|this) (?:should|must) be {REST}"
     rf"|(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}"
     rf"|\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}"
-    rf"|\b(?:so|it is|it's) {LETTER}(?=[.!]?$)|选项\s?{LETTER}\s?正确"
+    rf"|(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option|choice)) {LETTER}(?=[.!]?$)|选项\s?{LETTER}\s?正确"
     rf"|(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
     r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))", re.I)
-HEDGE = re.compile(
-    r"\b(?:might|maybe|perhaps|probably|possibly|likely|may (?:also )?be|could be|seems?|appears?|unsure"
-    r"|guess|either|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)"
+REFUSED = r"(?:\b(?:cannot|can't|unable to|not able to) (?:see|view|read|answer|solve)\b|看不到|看不见)"
+HEDGE = re.compile(  # anywhere in the sentence of an answer, or after it
+    rf"{REFUSED}|\b(?:might|maybe|perhaps|probably|possibly|likely|may (?:also )?be|could be|seems?|appears?"
+    r"|unsure|guess|either|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)"
     r"|can't (?:tell|say))\b|可能|也许|不确定|无法确定", re.I)
-TAKEN_BACK = re.compile(
+TAKEN_BACK = re.compile(  # what stands before is withdrawn: "B. Wait, C.", "B, which is wrong"
     r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry"
     r"|on (?:second thought|reflection)|i meant)\b"
-    r"|\b(?:this|that|it) (?:is|was) (?:wrong|incorrect|a mistake|not (?:right|correct))|等等|不对|更正", re.I)
-SUPPOSED = re.compile(r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)"
-                      r"[^,]*$|\b(?:never|can) ?$|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|不要?$"
-                      r"|\b(?:option|choice) [A-J] ?$", re.I)
+    r"|\b(?:this|that|it|which|who|he|she|they) (?:is|are|was|were) (?:wrong|incorrect|a mistake|false"
+    r"|not (?:right|correct|true))|等等|不对|更正|错了|不正确", re.I)
+SUPPOSED = re.compile(  # at the end of what stands before an answer phrase: then it states nothing
+    r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)"
+    r"[^,]*$|\bif\b.* (?:were|was|had)\b.*$|\b(?:never|can) ?$|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$"
+    r"|不要?$|\b(?:option|choice) [A-J] ?$", re.I)
 NOT = re.compile(r"(?:not|n't|neither|never)\b|\bno longer\b|contradict|不|≠|!=", re.I)
-COPULA = re.compile(r"(?<![<>!])=|\b(?:is|are|be|was|equals)\b(?: at(?= \())?|等于|为|是|共有")
-SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
-END = re.compile(  # what follows a candidate
-    r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b|, (?:so|as|and|not|about|or about) "
-    r"|,? (?:i\.e\.|因为)|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
+IS = (  # what an answer stands behind in a last sentence
+    r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals?|needs?|costs?|weighs?"
+    r"|measures?|contains?|takes?|leaves?|pays?|covers?|covered|spends?|earns?)\b(?: at(?= \())?"
+    r"|等于|为|是|共有|剩下|需要")
+COPULA = re.compile(rf"(?<![<>!])=|{IS}")
+EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y = 0"
+    rf"(?:{IS}) ?((?!.*[a-z]{{2}})[^=]+=[^=]+)$"
+    r"|\b((?:[A-Za-z] ?= ?[^,;=]+(?:, (?:and )?|; | and ))+[A-Za-z] ?= ?[^,;=]+)$")
+SENTENCE = re.compile(  # not behind the dot of a point's name or of "i.e."
+    r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
+END = re.compile(  # where a candidate ends: "5, because ...", "5 (the sum of both)"
+    r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b"
+    r"|, (?:so|as|and(?! \S+$)|not|about|or about) |,? (?:i\.e\.|因为)|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
 LEAD = re.compile(r"(?:(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice"
-                  r"|the)\s+|选项\s?)", re.I)
+                  r"|between|the),?\s+|选项\s?)", re.I)
 GIVEN = re.compile("(?:since|as|because|if|when|with|for) ", re.I)
 ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"
-    r"(?:[,;]|\b(?:and|while)\b)(?!.*\b(?:so|then|thus|hence|therefore|we|which)\b)[^,;]*$")
+    r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
 TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether)$")
 OTHER_LETTER = re.compile(r"(?<![\w∠])(?<!not )[A-J](?![\w'])")
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")
@@ -143,8 +165,11 @@ def clean(text):
     text = re.sub("(?<=[a-z]{2})!$", "", text)  # 4! is 24
     return TAIL.sub("", text[m.end():] if (m := LEAD.match(text)) else text)
 
-def extract(reply):
-    """The final answer in a normalised reply. -> (text or None, name of the rule that found it)"""
+def extract(reply, equations=False):
+    """The final answer in a normalised reply. -> (text or None, name of the rule that found it)
+
+    equations  whether one or several are asked for: then "the line is 2x + y = 5" says more than 5
+    """
     back = max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0)
     reply = reply[back:]  # what came before is withdrawn, whether another answer follows or not
     marks = [(m.start(1), m[1]) for mark in MARKS for m in mark.finditer(reply)]
@@ -182,6 +207,8 @@ def extract(reply):
     if first == last and len(first) <= 60 and not (COPULA.search(first) and wordy or first.endswith("?")):
         return clean(first), rule
     *before, text = COPULA.split(TAIL.sub("", last.rstrip(". ")))
+    if equations and (m := EQUATION.search(last.rstrip(". ")[-200:])):
+        text, before = m[1] or m[2], before[:1]
     several = len(before) > 1 and not GIVEN.match(last) and ANOTHER.search(before[-1])
     cut = len(sentences) > 1 and re.search(r"\w$", last)  # the reply ends within a sentence
     if before and len(text) <= 60 and not (several or cut or last.endswith("?") or NOT.search(last)
@@ -201,26 +228,28 @@ UNITS = {name: (kind, Fraction(amount)) for kind, group in (
     ("length1", "m meter metre 米 1 km kilometer kilometre 千米 1000 dm decimeter 分米 1/10 cm centimeter "
      "centimetre 厘米 1/100 mm millimeter millimetre 毫米 1/1000 inch inche 127/5000 ft foot feet 381/1250 "
      "mile 201168/125"),
-    ("length3", "L l liter litre 升 1/1000 mL ml milliliter millilitre 毫升 1/1000000"), ("money", "dollar 1"),
+    ("length3", "L l liter litre Litre 升 1/1000 mL ml milliliter millilitre 毫升 1/1000000"),
+    ("money", "dollar 美元 1"), ("yuan", "元 1"),
     ("mass", "g gram 克 1 kg kilogram 千克 1000 mg milligram 1/1000 t ton tonne 吨 1000000"),
     ("time", "s sec second 秒 1 min minute 分钟 60 h hr hour 小时 3600 day 天 86400 week 604800"),
     ("angle", "° deg degree 度 1"), ("percent", "% percent 1"),
-    ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("force", "N 1"))
+    ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("force", "N 1"),
+    ("voltage", "V volt 1"), ("power", "W watt 1 kW 1000"), ("amount", "mol 1"))
     for names, amount in re.findall(r"((?:[^\d\s]+ )+)([\d/]+)", group) for name in names.split()}
 POWERS = {"square": 2, "sq": 2, "平方": 2, "squared": 2, "cubic": 3, "立方": 3, "cubed": 3}
 NAME = "|".join(sorted(UNITS, key=len, reverse=True))
 UNIT = re.compile(rf"(.*?[\d)i°]) ?(square |sq\.? ?|cubic |平方|立方)?({NAME})s?"
-                  rf"(?:\^?\(?([23])\)?| (squared|cubed))?(?: ?(?:/|per) ?({NAME}))?")
+                  rf"(?:\^?\(?([23])\)?| (squared|cubed))?(?: ?(?:/|per) ?({NAME})(\^\(2\)|\^2)?)?")
 WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
 CONSTANTS = {"pi": math.pi, "e": math.e, "inf": math.inf}
 FUNCTIONS = {"sqrt": lambda x: power(x, Fraction(1, 2)), "sin": math.sin, "cos": math.cos, "tan": math.tan,
-             "ln": math.log, "log": math.log10, "abs": abs}
+             "ln": math.log, "log": math.log10}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: lambda a, b: power(a, b)}
 THINGS = re.compile(  # "5 apples", but not "5 million", "5 thirds", "5 or more"
     r"(.*\d\)?) ?((?!.*\b(?:not|and|n?or|does|is|are|than|to|plus|minus|times|over|squared|cubed|wrong|above"
     r"|below|under|off|pairs?|half|halves|quarters?|\w+ths?|thirds?|factorial|hundred|fewer|thousand|million"
-    r"|billion|dozen)\b)(?<= )[A-Za-z]{3,}(?: [A-Za-z]{3,})?|[个只条本人岁名块种次])")
+    r"|billion|dozen)\b)(?<= )[A-Za-z]{3,}(?: [A-Za-z]{3,})?|[个只条本人岁名块种次][\u4e00-\u9fff]{0,4})")
 Number = namedtuple("Number", "values unit scale decimals")  # decimals: (places, digits)
 
 def power(a, b):
@@ -282,7 +311,7 @@ def number(text):
         text, (kind, scale) = m[1], UNITS[m[3]]
         unit, scale = kind if raised == 1 else f"{kind.rstrip('1')}{raised}", scale ** raised
         if m[6]:
-            unit, scale = f"{unit}/{UNITS[m[6]][0]}", scale / UNITS[m[6]][1]
+            unit, scale = f"{unit}/{UNITS[m[6]][0]}{m[7] or ''}", scale / UNITS[m[6]][1] ** (2 if m[7] else 1)
         if unit == "radian":
             unit, scale = "angle", 180 / math.pi
     elif m := THINGS.fullmatch(text):
@@ -308,7 +337,7 @@ def same_number(a, b):
 
 def elements(text):
     """"(4, 0]" -> ("(", ["4", "0"], "]"); "4, 0" -> ("", [...], ""); "x = 4, y = 0" -> (None, [...], None)"""
-    text = re.sub(r"^(?:[\w ]*= ?(?=[(\[{])|\w in |[A-Z] ?(?=\())", "", text.strip())  # A(4, 0), A = (4, 0)
+    text = re.sub(r"^(?:(?:[\w ]*|\([\w ,]+\) ?)= ?(?=[(\[{])|\w in |[A-Z] ?(?=\())", "", text.strip())
     whole, depth, cuts = re.fullmatch(r"([(\[{])(.*)([)\]}])", text, re.S), 0, []
     inner = whole[2] if whole else text
     for i, c in enumerate(inner[:400]):
@@ -318,8 +347,8 @@ def elements(text):
         if depth == 0 and c in ",;、":
             cuts.append(i)
     parts = [inner[i + 1:j].strip() for i, j in zip([-1, *cuts], [*cuts, len(inner)])]
-    if len(parts) == 1 and not whole:
-        parts = re.split(" and |和", inner)
+    if not whole:  # "3, 5 and 7"
+        parts = [one for part in parts for one in re.split(" and |和", part.removeprefix("and "))]
     named = [unlabel(part) for part in parts]
     if len(named) > 1 and all(name for name, _ in named) and named == sorted(named):
         return None, [value for _, value in named], None
@@ -327,11 +356,13 @@ def elements(text):
 
 def unlabel(text):
     """"slope = -4" -> ("slope", "-4"); "2 + 2 = 4" -> ("", "4"); an equation proper stays whole."""
-    name = r"(?:(?:[^\W\d]|[∠△' ])\d?){0,40}(?:\(\w\))?"
+    name = r"(?:(?:[^\W\d]\.?|[∠△' ])\d?){0,40}(?:\(\w\))?"
     if m := re.fullmatch(rf" ?({name}) ?=(?:(?:(?! and )[^=,])*=)* ?((?:(?! and )[^=])+)", text[-400:]):
         return m[1].strip(), m[2].strip()
     left, _, right = text.rpartition("=")
-    return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.]+", left) else text
+    if re.fullmatch(r" ?[A-Za-z]", right) and number(left):
+        return right.strip(), left.strip()  # 5 = s
+    return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.,]+", left) else text
 
 def proportional(a, b):
     """Two equations say the same: the differences of their sides are equal up to a factor that is not 0."""
@@ -343,8 +374,10 @@ def proportional(a, b):
 
 def same(found, gold):
     """Whether two normalised answers are equal: as sets, lists, equations, values, relations or text."""
+    if found == gold:
+        return True
     found, gold = (re.sub("^([^±]*)±([^±]*)$", r"\1+\2 or \1-\2", text) for text in (found, gold))
-    for joint in " or |或", "∪":
+    for joint in ",? or |或", "∪":
         some, others = re.split(joint, found), re.split(joint, gold)
         if len(others) > 1:  # both roots, in any order
             return len(some) == len(others) and all(any(same(a, b) for a in some) for b in others)
@@ -372,13 +405,29 @@ def same_list(some, others):
 
 def letter_of(found, n):
     """-> (index of the option letter that an answer starts with, or None; what follows it). No article A."""
-    m = re.match(r"[(\[]?([A-Z])(?:[)\].:]+|选项|项)?(?=$|\s|[^\w(=+*/^'-])", found) or re.fullmatch(
+    m = re.match(r"[(\[]?([A-Z])(?:[)\].:]+|选项|项)?(?=$|\s|[^\w(=+*/^'-])(?!\.[a-z])", found) or re.fullmatch(
         r"[(\[]?([a-j])[)\]]?\.?", found)
     rest = found[m.end():] if m else ""
     if not m or len(m[0]) == 1 and re.match(" (?!is |because |since |as |for )[a-z]", rest):
         return None, ""
     index = ascii_uppercase.index(m[1].upper())
     return index if index < n else None, rest
+
+def option_of(found, options, kind):
+    """-> (index of the option that a found answer names, or None; what the rule's name goes on with)"""
+    index, rest = letter_of(found, len(options) or 10)
+    equal, also = ([k for k, option in enumerate(options) if option == text != ""] or
+                   [k for k, option in enumerate(options) if same(text, option)]
+                   for text in (clean(found), clean(rest).strip("()")))
+    if index is not None and also and index not in also:
+        return None, ", letter and text disagree"
+    if index is not None and not also and OTHER_LETTER.search(rest):
+        return None, ", several letters"
+    if index is not None and not (kind == "choice_text" and equal):
+        return index, ""
+    if len({options[k] for k in equal}) == 1:  # one option, or several that read alike
+        return equal[0], ", option text"
+    return None, ", option text" if equal else ", no option"
 
 def score_answer(reply, gold, kind, choices=None):
     """Mark one reply. -> Score(match, extracted, rule)
@@ -394,32 +443,32 @@ def score_answer(reply, gold, kind, choices=None):
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     reply, gold, options = normalise(reply), normalise(gold), [normalise(option) for option in choices or ()]
+    gold = gold.split("\n")[0] if len({*gold.split("\n")}) == 1 else gold  # one shipped value is there twice
+    if reply == gold != "":
+        return Score(True, reply, "same text")
     clauses = [c.strip() for c in re.split(r"[,;:!\n]|\.(?=\s|$)", reply.lower())]  # "Yes, because ..."
     said = [o for o in options if o.lower() in (clauses if kind == "choice_text" else [reply.lower()])]
-    once = len(said) == 1 and reply.lower().startswith(said[0].lower()) and not TAKEN_BACK.search(reply)
-    found, rule = (said[0], "first words") if once else extract(reply)
+    once = len(said) == 1 and reply.lower().startswith(said[0].lower()) and not (
+        TAKEN_BACK.search(reply) or re.search(REFUSED, reply, re.I))
+    equations = "=" in gold and re.search("[a-z]", unlabel(gold)[1]) or len(elements(gold)[1]) > 1
+    found, rule = (said[0], "first words") if once else extract(reply, equations)
+    last = clean(SENTENCE.split(reply.rpartition("\n")[2].strip("* "))[-1])  # "Therefore, a = b."
+    if last in options and rule in ("last sentence", "only line", "nothing found"):
+        found, rule = last, "last sentence"
     if found is None:
         return Score(False, None, rule)
-    if kind in ("choice", "choice_text"):
-        index, rest = letter_of(found, len(options) or 10)
-        equal, also = ([k for k, option in enumerate(options) if same(text, option)]
-                       for text in (clean(found), clean(rest).strip("()")))
-        if index is not None and also and index not in also:
-            return Score(False, found, rule + ", letter and text disagree")
-        if index is not None and not also and OTHER_LETTER.search(rest):
-            return Score(False, found, rule + ", several letters")
-        if index is None or (kind == "choice_text" and equal):
-            rule += ", option text" if equal else ", no option"
-            index = equal[0] if len(equal) == 1 else None
-        letter = re.search("[A-Z]", gold) if kind == "choice" else None
+    letter = re.match(r"\W{0,2}([A-J])(?!\w)", gold) if kind == "choice" else None  # some golds are "False"
+    if letter or kind == "choice_text":
+        index, why = option_of(found, options, kind)
         if index is None or (not letter and index >= len(options)):
-            return Score(False, found, rule)
-        match = ascii_uppercase[index] == letter[0] if letter else same(options[index], gold)
-        return Score(match, found, rule)
+            return Score(False, found, rule + why)
+        match = ascii_uppercase[index] == letter[1] if letter else options[index] == gold or (
+            gold not in options and same(options[index], gold))
+        return Score(match, found, rule + why)
     if kind == "list":
         return Score(same_list(elements(unlabel(found)[1])[1], elements(gold)[1]), found, rule)
     x, y = number(unlabel(found)[1]), number(unlabel(gold)[1])
-    if kind == "free" or not y:
+    if kind in ("free", "choice") or not y:
         return Score(same(found, gold), found, rule)
     if not x or (x.unit and y.unit and x.unit != y.unit) or len(set(x.values)) > 1:
         return Score(False, found, rule)

@@ -128,7 +128,7 @@ def time_shape(N, H, V, rounds):
         calls["floor"] = functools.partial(three_products, hs.detach(), ht, W,
                                            min(N, max(stage2.MIN_ROWS, stage2.CHUNK_ELEMENTS // V)))
     found, memory = {name: [] for name in calls}, {}
-    rounds = rounds if CUDA or N * H * V < 1e10 else min(rounds, 3)  # seconds a call
+    rounds = rounds if CUDA or N * H * V < 1e10 else min(rounds, 7)  # seconds a call
     for name, call in list(calls.items()):
         try:
             if CUDA:
