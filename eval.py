@@ -110,7 +110,8 @@ MARKS = [re.compile(p) for p in (  # made for it
     r"\\f?box(?:ed)?\s?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\}){0,400})\}",
     r"<answer>((?:(?!</?answer>)[\s\S]){0,400})</answer>", r"\[\[([^\[\]]*)\]\]",
     r"####\s?([^\n]*)", r"†\s?Answer\s?:\s?([^\n†]*)",
-    r"<Answer>\s?:?\s?<<([^<>]*)>>", r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]
+    r"<Answer>\s?:?\s?<<([^<>]*)>>", r"<Answer>\s?:\s?([^\n<]+)",
+    r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]
 REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
 PHRASES = re.compile(  # said in words
     r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"
@@ -134,28 +135,29 @@ TAKEN_BACK = re.compile(  # what stands before is withdrawn: "B. Wait, C.", "B, 
     r"|not (?:right|correct|true))|等等|不对|更正|错了|不正确", re.I)
 SUPPOSED = re.compile(  # at the end of what stands before an answer phrase: then it states nothing
     r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)"
-    r"[^,]*$|\bif\b.* (?:were|was|had)\b.*$|\b(?:never|can) ?$|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$"
-    r"|不要?$|\b(?:option|choice) [A-J] ?$", re.I)
+    r"[^,]*$|\bif\b.* (?:were|was|had)\b.*$|\b(?:never|can) ?$|不要?$"
+    r"|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|\b(?:option|choice) [A-J] ?$", re.I)
 NOT = re.compile(r"(?:not|n't|neither|never)\b|\bno longer\b|contradict|不|≠|!=", re.I)
 IS = (  # what an answer stands behind in a last sentence
     r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals?|needs?|costs?|weighs?"
-    r"|measures?|contains?|takes?|leaves?|pays?|covers?|covered|spends?|earns?)\b(?: at(?= \())?"
+    r"|measures?|contains?|takes?|leaves?|pays?|holds?|covers?|covered|spends?|earns?)\b(?: at(?= \())?"
     r"|等于|为|是|共有|剩下|需要")
 COPULA = re.compile(rf"(?<![<>!])=|{IS}")
 EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y = 0"
     rf"(?:{IS}) ?((?!.*[a-z]{{2}})[^=]+=[^=]+)$"
-    r"|\b((?:[A-Za-z] ?= ?[^,;=]+(?:, (?:and )?|; | and ))+[A-Za-z] ?= ?[^,;=]+)$")
+    r"|\b((?:[A-Za-z] ?= ?(?! )[^,;=]+(?:, (?:and )?|; | and )){1,8}[A-Za-z] ?=[^,;=]+)$")
 SENTENCE = re.compile(  # not behind the dot of a point's name or of "i.e."
     r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
 END = re.compile(  # where a candidate ends: "5, because ...", "5 (the sum of both)"
     r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b"
-    r"|, (?:so|as|and(?! \S+$)|not|about|or about) |,? (?:i\.e\.|因为)|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
+    r"|, (?:so(?![^=\n]{0,80}=)|as|and(?! \S+$)|not|about|or about) |,? (?:i\.e\.|因为)"
+    r"|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
 LEAD = re.compile(r"(?:(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice"
                   r"|between|the),?\s+|选项\s?)", re.I)
 GIVEN = re.compile("(?:since|as|because|if|when|with|for) ", re.I)
 ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"
     r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
-TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether)$")
+TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
 OTHER_LETTER = re.compile(r"(?<![\w∠])(?<!not )[A-J](?![\w'])")
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")
 
@@ -211,8 +213,8 @@ def extract(reply, equations=False):
         text, before = m[1] or m[2], before[:1]
     several = len(before) > 1 and not GIVEN.match(last) and ANOTHER.search(before[-1])
     cut = len(sentences) > 1 and re.search(r"\w$", last)  # the reply ends within a sentence
-    if before and len(text) <= 60 and not (several or cut or last.endswith("?") or NOT.search(last)
-                                           or SUPPOSED.search("=".join(before))):
+    if before and len(text) <= 60 and text.strip() != "a" and not (
+            several or cut or last.endswith("?") or NOT.search(last) or SUPPOSED.search("=".join(before))):
         return clean(text) or None, "last sentence"
     return None, "nothing found"
 
@@ -457,12 +459,14 @@ def score_answer(reply, gold, kind, choices=None):
         found, rule = last, "last sentence"
     if found is None:
         return Score(False, None, rule)
-    letter = re.match(r"\W{0,2}([A-J])(?!\w)", gold) if kind == "choice" else None  # some golds are "False"
-    if letter or kind == "choice_text":
+    letters = re.findall(r"(?:^|\n)\W{0,2}([A-J])(?!\w)", gold) if kind == "choice" else []  # "False": none
+    if len(letters) > 1:  # two shipped golds: both have to be said, and no other
+        return Score(OTHER_LETTER.findall(found) == letters, found, rule)
+    if letters or kind == "choice_text":
         index, why = option_of(found, options, kind)
-        if index is None or (not letter and index >= len(options)):
+        if index is None or (not letters and index >= len(options)):
             return Score(False, found, rule + why)
-        match = ascii_uppercase[index] == letter[1] if letter else options[index] == gold or (
+        match = ascii_uppercase[index] == letters[0] if letters else options[index] == gold or (
             gold not in options and same(options[index], gold))
         return Score(match, found, rule + why)
     if kind == "list":

@@ -1395,6 +1395,10 @@ CASES = [
     ("=" * 30000, "0", "integer", None, False, "equals signs only"),
     ("**" * 20000, "Yes", "choice_text", YN, False, "markup only"),
     ("<think>" * 5000, "12", "free", None, False, "think tags only"),
+    ("x = 1, " * 14000, "y = 2x + 1", "free", None, False, "assignments only"),
+    ("has a " * 16000, "A", "choice", ["1", "2"], False, "an article at the end"),
+    ("<answer>" * 12500, "4", "integer", None, False, "opening tags only"),
+    (", so x" * 16000, "4", "integer", None, False, "conclusions only"),
     # Found by sets of cases that others wrote from the rules alone
     ("Walking along the road you first pass a gentle bend and then turn through 90°. The right angle tur"
      "n is located at:\n\n**Point C**",
