@@ -64,7 +64,7 @@ def parse_args(argv=None):
 # Why was this reply marked so?  Its `rule` says where the answer was found, the first that applies:
 #     same text      the reply is the right answer, character for character, and nothing else
 #     first words    it begins with one of the options: "Yes, because ..."
-#     answer mark    \\boxed{}, <answer>, [[ ]], ####, Answer: on a line of its own (MARKS); the last one
+#     answer mark    \boxed{}, <answer>, [[ ]], ####, Answer: on a line of its own (MARKS); the last one
 #     answer phrase  "the answer is", "choose", and the like (PHRASES); the last one not negated or supposed
 #     only line, first line    a line that is a value or a letter, and the only such line
 #     last sentence  what stands behind its last "is" or "=" (COPULA)
@@ -105,39 +105,45 @@ def normalise(text):
             break
     return re.sub(r"(?:\\[(),;: \[\]]|\\quad|~|[ \t])+", " ", text).strip()
 
-# Where a final answer stands.  Inside a class of places the last one wins: replies correct themselves.
-MARKS = [re.compile(p) for p in (  # made for it
-    r"\\f?box(?:ed)?\s?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\}){0,400})\}",
-    r"<answer>((?:(?!</?answer>)[\s\S]){0,400})</answer>", r"\[\[([^\[\]]*)\]\]",
-    r"####\s?([^\n]*)", r"†\s?Answer\s?:\s?([^\n†]*)",
-    r"<Answer>\s?:?\s?<<([^<>]*)>>", r"<Answer>\s?:\s?([^\n<]+)",
-    r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]
+# Where a final answer stands, and what takes it away.  Inside a class of places the last one wins: replies
+# correct themselves.  Every repetition is bounded or anchored, so 100 kB of brackets take no second.
+any_of = lambda *patterns: re.compile("|".join(patterns), re.I)
+MARKS = [re.compile(pattern) for pattern in (  # made for it
+    r"\\f?box(?:ed)?\s?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\}){0,400})\}",  # brackets in brackets
+    r"<answer>((?:(?!</?answer>)[\s\S]){0,400})</answer>",
+    r"\[\[([^\[\]]*)\]\]",
+    r"####\s?([^\n]*)",  # GSM8K's
+    r"†\s?Answer\s?:\s?([^\n†]*)",  # Math-PUMA's
+    r"<Answer>\s?:?\s?<<([^<>]*)>>", r"<Answer>\s?:\s?([^\n<]+)",  # We-Math's
+    r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]  # a heading
 REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
-PHRASES = re.compile(  # said in words
-    r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"
+PHRASES = any_of(  # said in words; the group is the answer and what follows it
+    r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"  # "The answer is", "Answer:", "答案为"
     r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确的|\b(?:option|choice) that is correct)"
-    r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))"
-    rf"\s?:?\s{{0,3}}{REST}|\b(?:it|that|this) (?:should|must) be {REST}"
-    rf"|(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}"
-    rf"|\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}"
-    rf"|(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option|choice)) {LETTER}(?=[.!]?$)|选项\s?{LETTER}\s?正确"
-    rf"|(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
-    r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))", re.I)
-REFUSED = r"(?:\b(?:cannot|can't|unable to|not able to) (?:see|view|read|answer|solve)\b|看不到|看不见)"
-HEDGE = re.compile(  # anywhere in the sentence of an answer, or after it
-    rf"{REFUSED}|\b(?:might|maybe|perhaps|probably|possibly|likely|may (?:also )?be|could be|seems?|appears?"
-    r"|unsure|guess|either|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)"
-    r"|can't (?:tell|say))\b|可能|也许|不确定|无法确定", re.I)
-TAKEN_BACK = re.compile(  # what stands before is withdrawn: "B. Wait, C.", "B, which is wrong"
-    r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry"
-    r"|on (?:second thought|reflection)|i meant)\b"
-    r"|\b(?:this|that|it|which|who|he|she|they) (?:is|are|was|were) (?:wrong|incorrect|a mistake|false"
-    r"|not (?:right|correct|true))|等等|不对|更正|错了|不正确", re.I)
-SUPPOSED = re.compile(  # at the end of what stands before an answer phrase: then it states nothing
-    r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)"
-    r"[^,]*$|\bif\b.* (?:were|was|had)\b.*$|\b(?:never|can) ?$|不要?$"
-    r"|(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|\b(?:option|choice) [A-J] ?$", re.I)
-NOT = re.compile(r"(?:not|n't|neither|never)\b|\bno longer\b|contradict|不|≠|!=", re.I)
+    r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))" rf"\s?:?\s{{0,3}}{REST}",
+    rf"\b(?:it|that|this) (?:should|must) be {REST}",
+    rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
+    rf"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}",
+    rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option|choice)) {LETTER}(?=[.!]?$)",  # "... = 5. Option B."
+    rf"选项\s?{LETTER}\s?正确",
+    rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
+    r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))")  # "B is correct"
+REFUSED = any_of(r"\b(?:cannot|can't|unable to|not able to) (?:see|view|read|answer|solve)\b", "看不到|看不见")
+HEDGE = any_of(  # in the sentence of an answer, or after it
+    REFUSED.pattern, r"\b(?:might|maybe|perhaps|probably|possibly|likely|may (?:also )?be|could be|seems?"
+    r"|appears?|unsure|guess|either|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)"
+    r"|can't (?:tell|say))\b", "可能|也许|不确定|无法确定")
+TAKEN_BACK = any_of(  # all that stands before is withdrawn
+    r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry"  # "B. Wait, C."
+    r"|on (?:second thought|reflection)|i meant)\b",
+    r"\b(?:this|that|it|which|who|he|she|they) (?:is|are|was|were) (?:wrong|incorrect|a mistake|false"
+    r"|not (?:right|correct|true))", "等等|不对|更正|错了|不正确")  # "B, which is wrong"
+SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states nothing
+    r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)[^,]*$",
+    r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
+    r"(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|\b(?:never|can) ?$|不要?$",  # "I do not think that the"
+    r"\b(?:option|choice) [A-J] ?$")
+NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
 IS = (  # what an answer stands behind in a last sentence
     r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals?|needs?|costs?|weighs?"
     r"|measures?|contains?|takes?|leaves?|pays?|holds?|covers?|covered|spends?|earns?)\b(?: at(?= \())?"
@@ -146,20 +152,21 @@ COPULA = re.compile(rf"(?<![<>!])=|{IS}")
 EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y = 0"
     rf"(?:{IS}) ?((?!.*[a-z]{{2}})[^=]+=[^=]+)$"
     r"|\b((?:[A-Za-z] ?= ?(?! )[^,;=]+(?:, (?:and )?|; | and )){1,8}[A-Za-z] ?=[^,;=]+)$")
-SENTENCE = re.compile(  # not behind the dot of a point's name or of "i.e."
+SENTENCE = re.compile(  # its end; not the dot of a point's name or of "i.e."
     r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
-END = re.compile(  # where a candidate ends: "5, because ...", "5 (the sum of both)"
-    r"(?<=[^A-Z.])\.(?=\s|$)|。|,? (?:because|since|so that|which|where)\b"
-    r"|, (?:so(?![^=\n]{0,80}=)|as|and(?! \S+$)|not|about|or about) |,? (?:i\.e\.|因为)"
-    r"|\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")
-LEAD = re.compile(r"(?:(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice"
-                  r"|between|the),?\s+|选项\s?)", re.I)
-GIVEN = re.compile("(?:since|as|because|if|when|with|for) ", re.I)
-ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"
-    r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
+END = re.compile("|".join((  # where a candidate ends
+    r"(?<=[^A-Z.])\.(?=\s|$)|。",
+    r",? (?:because|since|so that|which|where)\b|,? (?:i\.e\.|因为)",  # "5, because ..."
+    r", (?:so(?![^=\n]{0,80}=)|as|and(?! \S+$)|not|about|or about) ",  # but "2, 3, and 5"; "a = 2, so b = 3"
+    r"\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")))  # "5 (the sum of both)"
+LEAD = any_of(r"(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice|between"
+              r"|the),?\s+", r"选项\s?")
 TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
-OTHER_LETTER = re.compile(r"(?<![\w∠])(?<!not )[A-J](?![\w'])")
-LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")
+GIVEN = re.compile("(?:since|as|because|if|when|with|for) ", re.I)
+ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"; not "AB = 5, so AC = 6"
+    r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
+OTHER_LETTER = re.compile(r"(?<![\w∠])(?<!not )[A-J](?![\w'])")  # not that of an angle or of "not B"
+LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")  # "B", "(B)", "B. 40°"
 
 def clean(text):
     """A candidate without the words around it."""
@@ -451,7 +458,7 @@ def score_answer(reply, gold, kind, choices=None):
     clauses = [c.strip() for c in re.split(r"[,;:!\n]|\.(?=\s|$)", reply.lower())]  # "Yes, because ..."
     said = [o for o in options if o.lower() in (clauses if kind == "choice_text" else [reply.lower()])]
     once = len(said) == 1 and reply.lower().startswith(said[0].lower()) and not (
-        TAKEN_BACK.search(reply) or re.search(REFUSED, reply, re.I))
+        TAKEN_BACK.search(reply) or REFUSED.search(reply))
     equations = "=" in gold and re.search("[a-z]", unlabel(gold)[1]) or len(elements(gold)[1]) > 1
     found, rule = (said[0], "first words") if once else extract(reply, equations)
     last = clean(SENTENCE.split(reply.rpartition("\n")[2].strip("* "))[-1])  # "Therefore, a = b."
