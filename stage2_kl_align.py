@@ -245,15 +245,15 @@ def align_rows(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
     diff = torch.expm1(delta).mul_(p)  # (n, V) q - p, with all its digits when both are close
     if max(x.abs() for x in delta.aminmax()) > 30:  # far apart: exp(delta) can overflow and p be 0
         diff = torch.where(delta.abs() < 0.5, diff, q - p)
-    q_delta = q * delta
+    q_delta = q * delta  # (n, V)
     fkl, rkl = torch.addcmul(diff, p, delta, value=-1).sum(-1), (q_delta - diff).sum(-1)  # (n,)  (8)
-    da = torch.zeros_like(fkl)
+    da = torch.zeros_like(fkl)  # (n,)
     if train:
         g = diff.mul_(w_f).add_(q_delta, alpha=w_r)  # (n, V)
         if rescaled:
             g.addcmul_(q, rkl[:, None], value=-w_r)  # (9)
-            da = (g * z).sum(-1)
-            g.mul_(as_).addcmul_((z - lse).exp_(), w_c * known)
+            da = (g * z).sum(-1)  # (n,)
+            g.mul_(as_).addcmul_((z - lse).exp_(), w_c * known)  # chain rule of s = a_s z_s; softmax(z_s)
         else:  # the same in one visit
             g.addcmul_(q, w_c * known - w_r * rkl[:, None])
         slab[len(T):] = g.scatter_add_(1, y, -w_c * known.float())  # (10)
@@ -265,7 +265,7 @@ def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w
     row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride goes beyond 2^31
     T, D, cols = slab + row * stride, slab + (row + n) * stride, tl.arange(0, BLOCK)
     a_t, a_s, y = tl.load(a_t_of + row), tl.load(a_s_of + row), tl.load(label_of + row).to(tl.int32)
-    known, low, none = y >= 0, -float("inf"), tl.zeros([BLOCK], tl.float32)
+    known, low, none = y >= 0, -float("inf"), tl.zeros([BLOCK], tl.float32)  # a negative label: no hard loss
     z_y = tl.load(T + y, known, 0.0).to(tl.float32) + tl.load(D + y, known, 0.0).to(tl.float32)
     m_t, m_s, m_z, Z_t, Z_s, Z_z, B = low, low, low, none, none, none, none  # sums (BLOCK,): added up last
     for i in range(0, V, BLOCK):  # visit 1: maxima, sums and B of (13), all rescaled when a maximum grows
@@ -274,21 +274,21 @@ def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w
         d = tl.load(D + i + cols, inside, 0.0).to(tl.float32)  # (BLOCK,) student's minus teacher's
         t, e = (a_t * x, a_s * d + (a_s - a_t) * x) if RESCALED else (x, d)
         t = tl.where(inside, t, low)
-        s = t + e
+        s = t + e  # (BLOCK,) = a_s z_s: the student's from the teacher's
         M = tl.maximum(m_t, tl.max(t, 0))
-        Z_t, m_t = Z_t * tl.exp(m_t - M) + tl.exp(t - M), M
+        Z_t, m_t = Z_t * tl.exp(m_t - M) + tl.exp(t - M), M  # exp(-inf) = 0: nothing was summed before
         M = tl.maximum(m_s, tl.max(s, 0))
-        old, q = tl.exp(m_s - M), tl.exp(s - M)
+        old, q = tl.exp(m_s - M), tl.exp(s - M)  # scalar, (BLOCK,); q not divided by Z_s yet
         Z_s, B, m_s = Z_s * old + q, B * old + q * e, M
         if RESCALED:
-            z = tl.where(inside, x + d, low)
+            z = tl.where(inside, x + d, low)  # z_s itself: the hard loss knows no temperature
             M = tl.maximum(m_z, tl.max(z, 0))
             Z_z, m_z = Z_z * tl.exp(m_z - M) + tl.exp(z - M), M
-    Z_t, Z_s, Z_z, B = tl.sum(Z_t, 0), tl.sum(Z_s, 0), tl.sum(Z_z, 0), tl.sum(B, 0)
+    Z_t, Z_s, Z_z, B = tl.sum(Z_t, 0), tl.sum(Z_s, 0), tl.sum(Z_z, 0), tl.sum(B, 0)  # scalars
     dL = (m_s - m_t) + tl.log(Z_s / Z_t)  # (6)
     center = B / Z_s - dL  # (13)
-    lse = m_z + tl.log(Z_z) if RESCALED else m_s + tl.log(Z_s)
-    over_t, over_s, fkl, rkl, da = 1 / Z_t, 1 / Z_s, none, none, none
+    lse = m_z + tl.log(Z_z) if RESCALED else m_s + tl.log(Z_s)  # ln sum exp z_s, of (3)
+    over_t, over_s, fkl, rkl, da = 1 / Z_t, 1 / Z_s, none, none, none  # one division a row, not one a column
     for i in range(0, V, BLOCK):  # visit 2: every term, and G over D
         inside = i + cols < V
         x = tl.load(T + i + cols, inside, 0.0).to(tl.float32)
@@ -304,11 +304,11 @@ def align_row_kernel(slab, a_t_of, a_s_of, label_of, out, n, stride, w_f, w_r, w
         if TRAIN:
             g = w_f * diff + w_r * q * (delta - center)  # (9)
             if RESCALED:
-                da += g * (x + d)
-            q_raw = tl.exp(x + d - lse) if RESCALED else q
+                da += g * (x + d)  # dL/da_s, a sum of g z_s
+            q_raw = tl.exp(x + d - lse) if RESCALED else q  # softmax(z_s)
             G = a_s * g + tl.where(known, w_c, 0.0) * (q_raw - tl.where(i + cols == y, 1.0, 0.0))  # (10)
             tl.store(D + i + cols, G.to(slab.dtype.element_ty), inside)
-    tl.store(out + 4 * row, tl.sum(fkl, 0))
+    tl.store(out + 4 * row, tl.sum(fkl, 0))  # a row of (n, 4)
     tl.store(out + 4 * row + 1, tl.sum(rkl, 0))
     tl.store(out + 4 * row + 2, tl.where(known, lse - z_y, 0.0))
     tl.store(out + 4 * row + 3, tl.sum(da, 0))
@@ -323,7 +323,7 @@ def compiled_kernel():
 
 def align_rows_triton(slab, a_t, a_s, labels, w_f, w_r, w_c, rescaled, train):
     """align_rows in one kernel."""
-    n, V, out = len(a_t), slab.shape[1], torch.empty(len(a_t), 4, device=slab.device)
+    n, V, out = len(a_t), slab.shape[1], torch.empty(len(a_t), 4, device=slab.device)  # out (n, 4) float32
     block = min(2048, 1 << (V - 1).bit_length())  # 8 columns a thread: one 16-byte load
     # maxnreg: the compiler alone aims at 64 registers a thread and spills (tests/compile_kernel.py)
     compiled_kernel()[(n,)](slab, a_t, a_s, labels, out, n, slab.stride(0), w_f, w_r, w_c, V=V, BLOCK=block,
@@ -336,7 +336,7 @@ def product(a, b, out):
         return torch.mm(a, b, out_dtype=torch.float32, out=out)  # read in bfloat16, summed in float32
     out.zero_()
     for x, y in zip(a.split(2 ** 14, 1), b.split(2 ** 14)):  # not all of V in one sum: 2e-5 off at H 8
-        out += x.float() @ y.float()
+        out += x.float() @ y.float()  # (n, H)
     return out
 
 class FusedKLAlign(torch.autograd.Function):
@@ -359,21 +359,21 @@ class FusedKLAlign(torch.autograd.Function):
             slab = (product if exact else torch.mm)(h, W.T, out=room[:len(h), :n_vocab])  # (2n, V)  (5)
             rows = (align_rows_triton if fused else align_rows)(
                 slab, a_t[c], a_s[c], labels[c], *weights, rescaled, train)  # (n, 4)  (6)-(10)
-            sums += rows[:, :3].sum(0, dtype=torch.float64)
+            sums += rows[:, :3].sum(0, dtype=torch.float64)  # L_FKL, L_RKL, L_hard
             if train:
                 G, da[c] = slab[len(h_t):].to(dtype), rows[:, 3]  # (n, V), (n,)
                 product(G, W, out=dhs[c])  # (11)
                 if train_head:
                     dW[:n_vocab] += product(G.T, hs[c].to(dtype), out=torch.empty_like(dW[:n_vocab]))
-        fkl, rkl, ce = (sums / n_total).float()
-        ctx.save_for_backward(dhs, dW, da if a_s.requires_grad else None)
-        ctx.dtypes = hs.dtype, weight.dtype
+        fkl, rkl, ce = (sums / n_total).float()  # summed in float64: a million terms of 1e-7
+        ctx.save_for_backward(dhs, dW, da if a_s.requires_grad else None)  # no logits: they are not needed
+        ctx.dtypes = hs.dtype, weight.dtype  # a gradient has the dtype of what it is of
         ctx.mark_non_differentiable(fkl, rkl, ce)
         return lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * ce, fkl, rkl, ce  # (4)
     @staticmethod
     @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently 0
     def backward(ctx, scale, *_):
-        dhs, dW, da = ctx.saved_tensors
+        dhs, dW, da = ctx.saved_tensors  # (N, H), (V, H), (N,) float32
         dW, da = None if dW is None else (scale * dW).to(ctx.dtypes[1]), None if da is None else scale * da
         return (scale * dhs).to(ctx.dtypes[0]), None, dW, None, da, *[None] * 10
 
@@ -404,10 +404,10 @@ def kl_align_loss(hs, ht, weight, labels, *, alpha, lam, tau=1.0, standardize=Fa
         raise ValueError("kernel triton needs a CUDA device; for a CPU set TRITON_INTERPRET=1 beforehand")
     fused = kernel == "triton" or kernel == "auto" and hs.is_cuda and bool(importlib.util.find_spec("triton"))
     torch._assert_async((labels < V).all(), "a label is not below n_vocab")  # on CUDA nothing waits for it
-    device, ht = hs.device.type, ht.detach()
+    device, ht = hs.device.type, ht.detach()  # the teacher is a constant
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):  # the matrix products run in dtype, all else in float32
-        a_s, a_t = row_scales(hs, ht, weight, V, tau, standardize, dtype)
+        a_s, a_t = row_scales(hs, ht, weight, V, tau, standardize, dtype)  # (N,), (N,)
         loss, fkl, rkl, ce = FusedKLAlign.apply(
             hs, ht, weight, labels, a_s, a_t, alpha, lam, tau, V, max(1, N) if n_total is None else n_total,
             dtype, fused, exact and dtype != torch.float32,
@@ -509,7 +509,7 @@ def main(argv=None):
                     standardize=args.standardize, n_total=max(1, n_tokens), kernel=args.kernel)
             (loss * world).backward()  # DDP takes the mean over processes; x world makes it the sum we want
             agree = same_choice(hs, ht, vlm.lm_head) / max(1, n_tokens) if logging else 0.0
-            here += [loss.item(), *(x.item() for x in parts_of_loss.values()), agree]
+            here += [*torch.stack([loss, *parts_of_loss.values()]).tolist(), agree]  # one wait for the device
         # ================================== from here on only bookkeeping ===================================
         assert all((p.grad is not None) == p.requires_grad for p in vlm.parameters())
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
