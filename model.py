@@ -79,7 +79,7 @@ class HybridVision(nn.Module):
             high_res_vision_config={"model_type": "sam_vision_model"} | config["high"],
             text_config={"model_type": "llama", "hidden_size": 2, "num_attention_heads": 1,
                          "num_hidden_layers": 0}))
-        del self.both.aligner, self.both.language_model
+        del self.both.aligner, self.both.language_model  # ours are used
         self.config, self.pixels = self.both.config.vision_config, config["pixels"]
 
     def forward(self, pixel_values):  # (I, 3, S, S) -> last_hidden_state (I, P, 2 W), first SAM's half
@@ -98,7 +98,7 @@ class HybridProjector(nn.Module):
         self.down = nn.Linear(hidden, hidden)
 
     def forward(self, x):  # (I, P, 2 W) -> (I, P, H)
-        high, low = x.chunk(2, -1)
+        high, low = x.chunk(2, -1)  # (I, P, W) each
         return self.down(F.gelu(torch.cat([self.high_up_proj(high), self.low_up_proj(low)], -1)))
 
 class VLM(nn.Module):
@@ -123,7 +123,7 @@ class VLM(nn.Module):
     @property
     def lm_head(self):
         """The (V, H) matrix that turns hidden rows into logits."""
-        return self.language_model.lm_head.weight
+        return self.language_model.lm_head.weight  # tied: the embedding itself
 
     def embed(self, input_ids, pixel_values):
         """Token embeddings (B, L, H) with the features of the I pictures in the place of their placeholders.
@@ -220,7 +220,7 @@ def chat_tokens(tokenizer, row, suffix, images, after_image=""):
     turns = [({"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"]), turn["value"])
              for turn in row.get("conversations", ())]  # LLaVA's; every answer in it is learnt
     turns = turns or [("user", row[f"instruction{suffix}"]), ("assistant", row.get(f"output{suffix}", ""))]
-    mark, ids, learn = "\x00", [], []
+    mark, ids, learn = "\x00", [], []  # mark: where a text stands in the frame; texts never pass it
     frame = tokenizer.apply_chat_template([{"role": role, "content": mark} for role, _ in turns[:-1]],
                                           tokenize=False, add_generation_prompt=True).split(mark)
     for before, (role, text) in zip(frame, turns, strict=True):
@@ -280,18 +280,18 @@ def collate(examples, pad_id, size, left=False):
 
     A dropped row stays as a row of padding: shapes hold, and under DDP every process has its backward pass.
     """
-    B, L = len(examples), max(1, *(len(ids) for ids, _, _ in examples))
-    ids, mask, labels = (np.full((B, L), fill) for fill in (pad_id, 0, IGNORE))
+    B, L = len(examples), max(1, *(len(ids) for ids, _, _ in examples))  # 1: all rows may have been dropped
+    ids, mask, labels = (np.full((B, L), fill) for fill in (pad_id, 0, IGNORE))  # (B, L) each
     for b, (i, y, _) in enumerate(examples):
         where = slice(L - len(i), L) if left else slice(0, len(i))
         ids[b, where], mask[b, where], labels[b, where] = i, 1, y
-    pictures = [pixels for _, _, pixels in examples if pixels is not None]
+    pictures = [pixels for _, _, pixels in examples if pixels is not None]  # (3, S, S) each, row by row
     pixels = torch.stack(pictures) if pictures else torch.zeros(0, 3, size, size)
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask), pixels, torch.from_numpy(labels))
 
 def make_batch(vlm, tokenizer, rows, suffix="", root="", max_length=1024, answer=True, forms=()):
     """Rows -> Batch, P and S as in the vision config. answer=False: prompts only, padded on the left."""
-    size = vlm.config["image_size"] or vlm.vision_model.config.image_size
+    size = vlm.config["image_size"] or vlm.vision_model.config.image_size  # S
     try:
         examples = [encode_example(tokenizer, row, suffix, image_tokens=vlm.image_tokens, root=root,
                                    max_length=max_length, size=size, answer=answer, forms=forms,
@@ -415,7 +415,7 @@ class Rows(Sequence):
         """The row at this place of file k. ValueError: file:line and what is wrong."""
         path = self.files[k]
         where = f"{path}:{'row ' * path.endswith('.json')}{number}"
-        self.open[k].seek(start)
+        self.open[k].seek(start)  # one handle a file; a forked worker would have to open its own
         try:
             row = PARSE(self.open[k].read(end - start).decode("utf-8-sig"))
             row = checked(row, self.fields, self.roots[k], self.decode)
@@ -442,7 +442,7 @@ def read_rows(files, fields=ROW, image_root=None, max_bad=0, check=False, quiet=
     for path in files:
         if not os.path.isfile(path):
             sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data")
-    rows, index = Rows(files, fields, image_root, check), array("q")
+    rows, index = Rows(files, fields, image_root, check), array("q")  # 8 bytes a number, not 28
     say = (lambda *_: None) if quiet else print
     for k, path in enumerate(files):
         for place in places(path):
@@ -615,7 +615,7 @@ def read_tensors(folder):
             sys.exit(f"{file}: {error}; " + (
                 "pickled weights are not opened, they can run code: make safetensors of them elsewhere, with "
                 "from_pretrained and save_pretrained" if pickled else "fetch this file again"))
-        digests += sha256(file)
+        digests += sha256(file)  # of all shards, in order
     return tensors, hashlib.sha256(digests.encode()).hexdigest()
 
 def from_released(folder, config, tensors):
@@ -682,7 +682,7 @@ def place(config, tensors, tokenizer, folder, device, trained, frozen, new="-"):
                  "rows: they are of different models")
     for name, child in vlm.named_children():
         child.to(torch.float32 if name in trained else frozen)
-    vlm.to_empty(device=device)
+    vlm.to_empty(device=device)  # memory, still without values
     if llm.config.tie_word_embeddings:
         llm.lm_head.weight = llm.get_input_embeddings().weight  # to_empty has made two of it
     fill(vlm, tensors, folder, new)
@@ -806,7 +806,7 @@ def intact(folder):
 
 def steps_in(out):
     """Numbers N of all out/step-N, the newest first."""
-    names = os.listdir(out) if os.path.isdir(out) else []
+    names = os.listdir(out) if os.path.isdir(out) else []  # part-N of a killed run is not among them
     return sorted((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
 
 def newest_checkpoint(out):
@@ -845,12 +845,12 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
     AdamW's three tensors a parameter go through safetensors bit for bit.  No pickle: loading one runs code.
     """
     final, part = os.path.join(out, f"step-{step}"), os.path.join(out, f"part-{step}")
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a run killed while it wrote
     save_vlm(part, vlm, tokenizer)
-    names = {id(p): name for name, p in vlm.named_parameters()}
+    names = {id(p): name for name, p in vlm.named_parameters()}  # AdamW knows parameters, not their names
     tensors = {f"{names[id(p)]}/{k}": v for p, moments in optimizer.state.items() for k, v in moments.items()}
     tensors["rng"] = torch.get_rng_state()  # nothing here draws at random; for a fork that adds dropout
-    save_file(tensors, os.path.join(part, "optimizer.safetensors"))
+    save_file(tensors, os.path.join(part, "optimizer.safetensors"))  # float32 moments, and the step
     write_json({"step": step, "torch": torch.__version__, **state}, part, "trainer_state.json")
     files = {name: os.path.join(part, name) for name in sorted(os.listdir(part))}
     manifest = {name: {"size": os.path.getsize(path), "sha256": sha256(path)} for name, path in files.items()}
@@ -860,15 +860,15 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
         os.fsync(descriptor)
         os.close(descriptor)
     shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there, an intact one is resumed
-    os.rename(part, final)
+    os.rename(part, final)  # atomic: now the checkpoint exists
     for old in steps_in(out)[keep:]:
         shutil.rmtree(os.path.join(out, f"step-{old}"))
 
 def load_checkpoint(folder, vlm, optimizer):
     """Put a checkpoint's weights and optimizer state into objects of that shape. -> its trainer_state.json"""
     state = read_json(folder, "trainer_state.json")
-    fill(vlm, read_tensors(folder)[0], folder)
-    parameters = dict(vlm.named_parameters())
+    fill(vlm, read_tensors(folder)[0], folder)  # exits when a tensor does not fit
+    parameters = dict(vlm.named_parameters())  # a tied lm_head is not among them twice
     with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as f:
         torch.set_rng_state(f.get_tensor("rng"))
         for key in set(f.keys()) - {"rng"}:
@@ -890,7 +890,7 @@ def start_or_resume(args, vlm, optimizer, run, rank):
     found = newest_checkpoint(args.out)
     if dist.is_initialized():
         dist.barrier()  # all have looked before rank 0 changes anything
-    metrics = os.path.join(args.out, "metrics.jsonl")
+    metrics = os.path.join(args.out, "metrics.jsonl")  # a line for every log line
     if found is None:
         if rank == 0:
             os.makedirs(args.out, exist_ok=True)
