@@ -158,7 +158,7 @@ END = re.compile("|".join((  # where a candidate ends
     r"(?<=[^A-Z.])\.(?=\s|$)|。",
     r",? (?:because|since|so that|which|where)\b|,? (?:i\.e\.|因为)",  # "5, because ..."
     r", (?:so(?![^=\n]{0,80}=)|as|and(?! \S+$)|not|about|or about) ",  # but "2, 3, and 5"; "a = 2, so b = 3"
-    r"\s?\([^()]*[a-z]{2} [a-z]{2}[^()]*\)$")))  # "5 (the sum of both)"
+    r"\s?\([^()]{0,80}[a-z]{2} [a-z]{2}[^()]{0,80}\)$")))  # "5 (the sum of both)"
 LEAD = any_of(r"(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice|between"
               r"|the),?\s+", r"选项\s?")
 TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
@@ -462,7 +462,8 @@ def score_answer(reply, gold, kind, choices=None):
     equations = "=" in gold and re.search("[a-z]", unlabel(gold)[1]) or len(elements(gold)[1]) > 1
     found, rule = (said[0], "first words") if once else extract(reply, equations)
     last = clean(SENTENCE.split(reply.rpartition("\n")[2].strip("* "))[-1])  # "Therefore, a = b."
-    if last in options and rule in ("last sentence", "only line", "nothing found"):
+    alone = {clean(line.strip("#* ")) for line in reply.split("\n")} & {*options} <= {last}  # no list of them
+    if last in options and alone and rule in ("last sentence", "only line", "nothing found"):
         found, rule = last, "last sentence"
     if found is None:
         return Score(False, None, rule)

@@ -1399,6 +1399,7 @@ CASES = [
     ("has a " * 16000, "A", "choice", ["1", "2"], False, "an article at the end"),
     ("<answer>" * 12500, "4", "integer", None, False, "opening tags only"),
     (", so x" * 16000, "4", "integer", None, False, "conclusions only"),
+    ("<Answer>: (" + "choice " * 14000 + "so", "Yes", "choice_text", YN, False, "a bracket that never closes"),
     # Found by sets of cases that others wrote from the rules alone
     ("Walking along the road you first pass a gentle bend and then turn through 90°. The right angle tur"
      "n is located at:\n\n**Point C**",
@@ -1487,6 +1488,9 @@ CASES = [
     ("T", "090^\\circ T", "choice", None, False, "a letter of the gold's text"),
     ("False", "False", "choice", None, True, "no letter"),
     ("F", "False", "choice", None, False, "its first letter"),
+    ("12\n15\n18\n20", "D", "choice", ABCD, False, "all options, a line each"),
+    ("The options are\n12\n15", "B", "choice", ABCD, False, "two of them"),
+    ("We add both parts.\n\n15", "B", "choice", ABCD, True, "one on the last line"),
     ("18", "18", "choice_text", ["9", "12", "18", "18"], True, "an option that is there twice"),
     ("0.0 - 0.2",
      "0.0 - 0.2", "choice_text", ["0.0 - 0.2", "0.2 - 0.4", "0.4 - 0.6"], True, "ranges, not differences"),
