@@ -375,7 +375,7 @@ def unlabel(text):
 
 def proportional(a, b):
     """Two equations say the same: the differences of their sides are equal up to a factor that is not 0."""
-    sides = [[expression(side) for side in text.split("=")] for text in (a, b)]
+    sides = [[expression(side) for side in text.split("=", 2)] for text in (a, b)]
     if any(len(two) != 2 or None in two for two in sides):
         return False
     p, q = ([left - right for left, right in zip(*two)] for two in sides)

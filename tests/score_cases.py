@@ -1399,6 +1399,7 @@ CASES = [
     ("has a " * 16000, "A", "choice", ["1", "2"], False, "an article at the end"),
     ("<answer>" * 12500, "4", "integer", None, False, "opening tags only"),
     (", so x" * 16000, "4", "integer", None, False, "conclusions only"),
+    ("A.B." + "x = 1, " * 14000, "B", "choice", ABCD, False, "equals signs behind a letter"),
     ("<Answer>: (" + "choice " * 14000 + "so", "Yes", "choice_text", YN, False, "a bracket that never closes"),
     # Found by sets of cases that others wrote from the rules alone
     ("Walking along the road you first pass a gentle bend and then turn through 90°. The right angle tur"
