@@ -1,4 +1,4 @@
-"""Draw assets/overview.png, the picture at the top of the README, from problem 0 and tests/results/default_run.json.
+"""Draw assets/overview.png, the picture at the top of the README, from problem 0 and default_run.json.
 
     python assets/overview.py
 """
@@ -25,17 +25,18 @@ def main():
     draw = ImageDraw.Draw(image)
     draw.text((20, 14), "text-rich (teacher)", font=bold, fill="black")
     draw.rectangle([20, 48, 260, 318], outline="#888888")
-    draw.multiline_text((32, 60), textwrap.fill(text_of(problem, "text_only"), 26), font=font, fill="black", spacing=7)
+    draw.multiline_text((32, 60), textwrap.fill(text_of(problem, "text_only"), 26), font=font, fill="black",
+                        spacing=7)
     draw.text((430, 14), "vision-rich (student)", font=bold, fill="black")
     picture = draw_problem(problem, 270)[0]["question"]
     image.paste(picture.convert("RGB"), (430, 48))
     draw.rectangle([430, 48, 700, 318], outline="#888888")
     draw.line([425, 180, 270, 180], fill="#c0392b", width=3)
     draw.polygon([(262, 180), (276, 173), (276, 187)], fill="#c0392b")
-    draw.multiline_text((345, 108), "pull what the\nstudent predicts\nup to the teacher", font=ImageFont.load_default(15), fill="#c0392b",
-                        anchor="ma", align="center")
-    draw.multiline_text((345, 192), "KL(teacher || student)\nKL(student || teacher)", font=ImageFont.load_default(15), fill="#c0392b",
-                        anchor="ma", align="center")
+    draw.multiline_text((345, 108), "pull what the\nstudent predicts\nup to the teacher",
+                        font=ImageFont.load_default(15), fill="#c0392b", anchor="ma", align="center")
+    draw.multiline_text((345, 192), "KL(teacher || student)\nKL(student || teacher)",
+                        font=ImageFont.load_default(15), fill="#c0392b", anchor="ma", align="center")
     draw.text((20, 340), f"one answer:  {problem['output'].replace('†', '')}", font=font, fill="black")
     left, bottom, height = 770, 318, 240
     draw.text((left - 10, 14), "accuracy by version, before and after stage 2", font=bold, fill="black")
@@ -45,8 +46,8 @@ def main():
             low, high = interval(count)
             draw.rectangle([x, bottom - height * share(count), x + 27, bottom], fill=shade)
             draw.line([x + 14, bottom - height * low, x + 14, bottom - height * high], fill="black")
-        draw.multiline_text((left + k * 77 + 29, bottom + 8), version.replace("_", "\n"), font=ImageFont.load_default(14), fill="black",
-                            anchor="ma", align="center")
+        draw.multiline_text((left + k * 77 + 29, bottom + 8), version.replace("_", "\n"),
+                            font=ImageFont.load_default(14), fill="black", anchor="ma", align="center")
     for percent in (0, 50, 100):
         y = bottom - height * percent / 100
         draw.line([left - 6, y, 1230, y], fill="#cccccc")

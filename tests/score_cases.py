@@ -39,7 +39,8 @@ QUARTERS = ["half", "quarter", "quarter past"]
 ORDER = ["larger than", "equal to", "smaller than"]
 PARITY = ["odd", "even"]
 LETTERS = ["A", "B", "C", "D", "E"]
-ROUTES = ["First walk 3m east, then 5m north", "First walk 4m east, then 5m north", "First walk 3m east, then 5m south", "First walk 5m east, then 3m north", "No correct answer"]
+ROUTES = ["First walk 3m east, then 5m north", "First walk 4m east, then 5m north",
+          "First walk 3m east, then 5m south", "First walk 5m east, then 3m north", "No correct answer"]
 TERMS = ["x + 1", "x - 1", "2x", "x^2"]
 ENDS = ["(0, 2)", "(0, 2]", "[0, 2)", "[0, 2]"]
 FIGURES = ["square", "rectangle", "rhombus", "parallelogram"]
@@ -702,7 +703,8 @@ CASES = [
     ("Not C", "C", "choice", DEGREES, False, "does not state it"),
     ("Anything but C", "C", "choice", DEGREES, False, "does not state it"),
     ("It's C", "C", "choice", DEGREES, True, "states it"),
-    ("It is definitely not option C, so we are left with option D.", "D", "choice", DEGREES, True, "states it"),
+    ("It is definitely not option C, so we are left with option D.",
+     "D", "choice", DEGREES, True, "states it"),
     ("It is definitely not option C, so we are left with option D.",
      "C", "choice", DEGREES, False, "does not state it"),
     ("The answer is none of the above.", "D", "choice", DEGREES, False, "does not state it"),
@@ -772,7 +774,8 @@ CASES = [
     ("Yes? I am not sure.", "Yes", "choice_text", YN, False, "hedge"),
     ("There are 3 objects behind and 5 in front, so the answer is No.",
      "No", "choice_text", YN, True, "states it"),
-    ("The organism most affected would be the Tadpole.", "Tadpole", "choice_text", ANIMALS, True, "states it"),
+    ("The organism most affected would be the Tadpole.",
+     "Tadpole", "choice_text", ANIMALS, True, "states it"),
     ("The answer is the Common water flea.", "Common water flea", "choice_text", ANIMALS, True, "states it"),
     ("The answer is water flea.", "Common water flea", "choice_text", ANIMALS, False, "only part"),
     ("(B) Common water flea", "Common water flea", "choice_text", ANIMALS, True, "states it"),
@@ -833,7 +836,7 @@ CASES = [
     ("nan", "0", "integer", None, False, "does not state it"),
     ("inf", "0", "integer", None, False, "does not state it"),
     ("I don't know, sorry.", "0", "integer", None, False, "does not state it"),
-    ("Step 1: There are 9.\nStep 2: Subtract 5.\nStep 3:", "3", "integer", None, False, "cut off at a heading"),
+    ("Step 1: There are 9.\nStep 2: Subtract 5.\nStep 3:", "3", "integer", None, False, "cut at a heading"),
     ("Step 1: There are 9.\nStep 2: Subtract 5", "5", "integer", None, False, "cut off"),
     ("Step 4", "4", "integer", None, False, "heading"),
     ("4 - 4", "4", "integer", None, False, "does not state it"),
@@ -1400,7 +1403,7 @@ CASES = [
     ("<answer>" * 12500, "4", "integer", None, False, "opening tags only"),
     (", so x" * 16000, "4", "integer", None, False, "conclusions only"),
     ("A.B." + "x = 1, " * 14000, "B", "choice", ABCD, False, "equals signs behind a letter"),
-    ("<Answer>: (" + "choice " * 14000 + "so", "Yes", "choice_text", YN, False, "a bracket that never closes"),
+    ("<Answer>: (" + "choice " * 14000 + "so", "Yes", "choice_text", YN, False, "a bracket never closed"),
     # Found by sets of cases that others wrote from the rules alone
     ("Walking along the road you first pass a gentle bend and then turn through 90°. The right angle tur"
      "n is located at:\n\n**Point C**",

@@ -17,7 +17,7 @@ from eval import interval, score_answer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "tiny")
-BENCHMARKS = os.environ.get("BENCHMARKS", os.path.join(ROOT, "..", "shared", "benchmarks"))  # not in the repository
+BENCHMARKS = os.environ.get("BENCHMARKS", os.path.join(ROOT, "..", "shared", "benchmarks"))  # not in the repo
 
 CASES = [  # reply, gold, kind, choices, verdict
     ("90-30=60. †Answer: 60°", "60°", "free", None, True),
@@ -141,9 +141,11 @@ def mathverse_rows(text_only=False):
         for p, (question, answer, kind, field) in enumerate((
                 ("How large is x?\nChoices:\nA:40°\nB:60°\nC:120°\nD:140°", "C", "multi-choice", "Angle"),
                 ("Find the area.", "$9 \\pi \\mathrm{cm}^{2}$", "free-form", "Area"))):
-            rows.append({"sample_index": str(len(rows) + 1), "problem_index": str(p), "problem_version": version,
-                         "question": "" if version == "Vision Only" else question, "question_for_eval": question,
-                         "image": "" if text_only else f"images/{p}.png", "answer": answer, "question_type": kind,
+            rows.append({"sample_index": str(len(rows) + 1), "problem_index": str(p),
+                         "problem_version": version, "question_for_eval": question,
+                         "question": "" if version == "Vision Only" else question,
+                         "image": "" if text_only else f"images/{p}.png", "answer": answer,
+                         "question_type": kind,
                          "metadata": {"subject": "Plane Geometry", "subfield": field},
                          "query_cot": f"Please reason.\nQuestion: {question}"})
     return rows
@@ -173,7 +175,7 @@ def wemath_rows():
     return rows
 
 
-# Right marks for the groups: all right | composite and one step | steps but not the composite | only composite
+# Right in the groups: all | composite and one step | steps but not the composite | only the composite
 WEMATH_RIGHT = {"2steps_1": "12m", "2steps_2": "1m", "2steps_3": "12", "3stpes_1": "m"}
 
 
@@ -207,7 +209,8 @@ def test_wemath_outcomes_by_hand(tmp_path, capsys):
     assert result["loose"] == {"score": (2 + .5) / 4, "IK": 0, "IG": .25, "CM": .5, "RM": 1 / 3}
     assert result["groups"]["S1"] == {"correct": 5, "n": 9, "unparsed": 0}
     assert result["groups"]["S2"]["correct"] == 2 and result["groups"]["S3"]["n"] == 1
-    assert lines[0] == {"id": "2steps_1/2steps_1", "reply": "0.5 m and 50 m, so the answer is B.", "match": True,
+    assert lines[0] == {"id": "2steps_1/2steps_1", "reply": "0.5 m and 50 m, so the answer is B.",
+                        "match": True,
                         "prompt": wemath_rows()[0]["question"] + "\n" + wemath_rows()[0]["option"],
                         "extracted": "B", "rule": "answer phrase"}
     assert "rule-based: not comparable" in capsys.readouterr().out
@@ -239,8 +242,9 @@ def test_mathverse_by_version_and_subject(tmp_path):
 
 
 def test_mathvista_by_task_and_skill(tmp_path, capsys):
-    """Missing replies are wrong, and said so; ids are in order; the prompt shows choices, unit and precision."""
-    replies = [{"id": "1", "reply": "(B)"}, {"id": "2", "reply": "It is 1.24 cm."}, {"id": "10", "reply": "5"}]
+    """Missing replies are wrong, and said so; ids are in order; prompts show choices, unit and precision."""
+    replies = [{"id": "1", "reply": "(B)"}, {"id": "2", "reply": "It is 1.24 cm."},
+               {"id": "10", "reply": "5"}]
     result, lines = marked(tmp_path, "mathvista", [mathvista_rows()], replies)
     out = capsys.readouterr().out
     assert "1 of 4 ids have no reply, '3' first: counted as wrong" in out and "shows the choices" not in out
@@ -250,7 +254,7 @@ def test_mathvista_by_task_and_skill(tmp_path, capsys):
     assert result["groups"]["task: figure question answering"]["correct"] == 2
     assert [r["id"] for r in lines] == ["1", "2", "10"]
     args = evaluation.parse_args(["m", "--benchmark", "mathvista", "--data", str(tmp_path / "0.json")])
-    assert [item["id"] for item in evaluation.load_items(args)[0]] == ["1", "2", "3", "10"]  # the file: 1 2 10 3
+    assert [item["id"] for item in evaluation.load_items(args)[0]] == ["1", "2", "3", "10"]  # there: 1 2 10 3
     assert "(A) Yes\n(B) No" in lines[0]["prompt"]
     assert "(Unit: cm)" in lines[1]["prompt"] and "1 decimal place" in lines[1]["prompt"]
 
@@ -281,10 +285,13 @@ BAD = {  # file name: (content of the data file, of the replies file, words of t
     "duplicate reply": (WE, [wemath_replies()[0]] * 2, r"r.jsonl:2: .*no id may come twice"),
     "reply no string": (WE, [{"id": "1", "reply": 5}], r"r.jsonl:1: .*have to be strings"),
     "reply missing": (WE, [{"id": "1"}], r"r.jsonl:1: KeyError\('reply'\)"),
-    "reply no object": (WE, "[1]\n", r"r.jsonl:1: "), "torn line": (WE, '{"id": "1", "re', r"r.jsonl:1: JSON"),
-    "deep line": (WE, "[" * 100_000 + "\n", r"r.jsonl:1: Recursion"), "empty replies": (WE, "", "holds no replies"),
+    "reply no object": (WE, "[1]\n", r"r.jsonl:1: "),
+    "torn line": (WE, '{"id": "1", "re', r"r.jsonl:1: JSON"),
+    "deep line": (WE, "[" * 100_000 + "\n", r"r.jsonl:1: Recursion"),
+    "empty replies": (WE, "", "holds no replies"),
     "not JSON": ("{", wemath_replies(), r"0.json: .*: name the testmini.json of wemath with --data"),
-    "empty data": ([], wemath_replies(), "0.json has no rows"), "number": (5, [], "0.json: .*not iterable: name"),
+    "empty data": ([], wemath_replies(), "0.json has no rows"),
+    "number": (5, [], "0.json: .*not iterable: name"),
     "other benchmark": (mathvista_rows(), wemath_replies(), r"0.json: row 1 is malformed \(KeyError\('ID'\)"),
     "no answer": ([WE[0] | {"answer": None}], wemath_replies(), "row 1 is malformed .*no answer"),
     "no step": ([WE[0] | {"key": "2steps_3"}], wemath_replies(), "row 1 is malformed .*no step"),
@@ -315,7 +322,8 @@ def small(tmp_path_factory):
     """6 test problems in their versions, as data and as a We-Math file."""
     folder = tmp_path_factory.mktemp("small")
     data_gen.main(["--out", str(folder / "data"), "--n", "1", "--n_test", "6"])
-    shutil.copytree(TINY, folder / "model", ignore=shutil.ignore_patterns("*.py", "*.md", "eval*", "replies*"))
+    shutil.copytree(TINY, folder / "model",
+                    ignore=shutil.ignore_patterns("*.py", "*.md", "eval*", "replies*"))
     return folder
 
 
@@ -336,7 +344,7 @@ def test_batches_do_not_change_replies(small, tmp_path):
 
 
 def test_a_killed_run_continues(small, tmp_path, monkeypatch, capsys):
-    """Finished items are not decoded again, a torn line is dropped, the final file is the same, byte for byte."""
+    """Finished items are not decoded again, a torn line is dropped, the final file is the same bytes."""
     flags = ("--max_new_tokens", "8", "--batch_size", "10")
     whole, done, generate = run_on(small, tmp_path / "whole", *flags), [], model.VLM.generate
 
@@ -391,7 +399,8 @@ def test_a_public_benchmark_with_a_model(small, tmp_path):
 
 
 def test_show(small, capsys):
-    evaluation.main([str(small / "model"), "--data", str(small / "data"), "--show", "0", "--max_new_tokens", "8"])
+    evaluation.main([str(small / "model"), "--data", str(small / "data"), "--show", "0",
+                     "--max_new_tokens", "8"])
     out = capsys.readouterr().out
     assert all(f"\n{version}: " in out for version in LADDER) and "found by the rule" in out
 
@@ -424,7 +433,8 @@ def test_gold_answers_of_the_real_files_score_100(tmp_path):
         # Options of the rows: each text names its own letter, unless two options are alike.
         for item in items:
             for k, option in enumerate(item["choices"] or ()):
-                score = score_answer(f"The answer is {option}.", item["answer"], item["kind"], item["choices"])
+                reply = f"The answer is {option}."
+                score = score_answer(reply, item["answer"], item["kind"], item["choices"])
                 letter = item["answer"]
                 if item["kind"] != "choice":
                     letter = "ABCDEFGH"[item["choices"].index(item["answer"])]

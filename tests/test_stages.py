@@ -235,7 +235,8 @@ def test_show_adds_up_to_what_training_logs(data, tmp_path, capsys, kernel):
     args = stage2_kl_align.make_parser().parse_args(["--batch", "1"])
     rows = model.read_rows(os.path.join(data, "stage2_top.jsonl"))
     (first,), = stage2_kl_align.rows_of_step(0, rows, args, 0, 1, "_2")
-    stage2_kl_align.main(["--init", TINY, "--data", data, "--show", str(rows.index(first)), "--kernel", kernel])
+    stage2_kl_align.main(["--init", TINY, "--data", data, "--kernel", kernel,
+                          "--show", str(rows.index(first))])
     mean, whole = re.search(r"-> loss (\S+); all at once, as in training: (\S+)",
                             capsys.readouterr().out).groups()
     train(2, data, tmp_path / "out", steps=1, batch=1, micro_batch=1)
