@@ -1,4 +1,4 @@
-"""Other backbones, the released checkpoints and what is written for others: small random folders in the real formats.
+"""Other backbones, released checkpoints, what is written for others: small random folders in real formats.
 
 Expected logits come from transformers' own classes and a few lines of torch, not from model.py.
 """
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, DeepseekVLHybridConfig, DeepseekVLHybridForConditionalGeneration,
-                          LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
-                          SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel)
+from transformers import (AutoModelForCausalLM, DeepseekVLHybridConfig,
+                          DeepseekVLHybridForConditionalGeneration, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipConfig, SiglipModel,
+                          SiglipVisionConfig, SiglipVisionModel)
 
 import data_gen
 import eval as evaluation
@@ -25,8 +26,9 @@ import stage2_kl_align
 import stage3_mm_instruct
 from model import IGNORE, build, encode_example, join, load_vlm, make_batch, save_vlm
 
-QWEN = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful "
-        "assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+QWEN = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+        "You are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=48,
               patch_size=16)
@@ -41,8 +43,9 @@ def tokenizer(kind, **special):
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     names = (["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if kind == "qwen" else
              ["<|begin_of_text|>", "<|end_of_text|>"])
-    core.train_from_iterator(["Find angle A. †Answer: 60°", "user assistant system You are a helpful assistant."],
-                             trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.train_from_iterator(
+        ["Find angle A. †Answer: 60°", "user assistant system You are a helpful assistant."],
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     core.add_special_tokens(names)  # after the words, as in Qwen2
     if kind == "qwen":
         tok = PreTrainedTokenizerFast(tokenizer_object=core, **{
@@ -78,7 +81,7 @@ def write_shards(folder, tensors, config, shards=2):
 
 
 def llm_folder(folder, kind="qwen", tied=True, rows=320, tok=None):
-    """The language model as its publishers save it: shards, old-style rope_theta and torch_dtype. -> (folder, model)"""
+    """The language model as published: shards, old-style rope_theta and torch_dtype. -> (folder, model)"""
     tok = tok or tokenizer(kind)
     config = TEXT | dict(vocab_size=rows, tie_word_embeddings=tied, rope_theta=1e5, torch_dtype="bfloat16",
                          model_type={"qwen": "qwen2", "llama": "llama"}[kind])
@@ -101,10 +104,11 @@ def write(path, text):
 
 
 def vision_folder(folder, layout):
-    """full: SiglipModel; flat, prefixed: the tower alone with both key layouts. -> (folder, SiglipVisionModel)"""
+    """full: SiglipModel; flat, prefixed: the tower alone in both key layouts. -> (folder, the tower)"""
     tower = randomize(SiglipVisionModel(SiglipVisionConfig(**VISION)))
     if layout == "full":
-        small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+        small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                     vocab_size=20)
         full = SiglipModel(SiglipConfig(text_config=small, vision_config=VISION))
         full.vision_model.load_state_dict(tower.state_dict())
         full.save_pretrained(folder)
@@ -140,15 +144,18 @@ def splice(llm, ids, image, features):
 
 @pytest.mark.parametrize("kind,tied,layout,projector", [
     ("qwen", True, "full", "mlp"), ("qwen", False, "prefixed", "gated"), ("llama", False, "flat", "mlp")])
-def test_any_llm_and_tower_join_and_give_the_logits_of_transformers(tmp_path, picture, kind, tied, layout, projector):
+def test_any_llm_and_tower_join_and_give_the_logits_of_transformers(
+        tmp_path, picture, kind, tied, layout, projector):
     (a, llm), (b, tower) = llm_folder(tmp_path / "a", kind, tied), vision_folder(tmp_path / "b", layout)
     vlm, tok = join(a, b, projector)
     root, pixels = picture
-    ids, labels, _ = encode_example(tok, row(), image_tokens=vlm.image_tokens, root=root, size=48, after_image="\n")
+    ids, labels, _ = encode_example(tok, row(), image_tokens=vlm.image_tokens, root=root, size=48,
+                                    after_image="\n")
     with torch.no_grad():
         out = tower(pixels, output_hidden_states=True)
         seen = out.hidden_states[-2][0, 1:] if projector == "gated" else out.last_hidden_state[0]
-        hidden = llm.model(inputs_embeds=splice(llm, ids, vlm.image_token_id, vlm.projector(seen))).last_hidden_state
+        hidden = llm.model(
+            inputs_embeds=splice(llm, ids, vlm.image_token_id, vlm.projector(seen))).last_hidden_state
     want = (hidden[0] @ llm.lm_head.weight.T)[[y != IGNORE for y in labels]]
     assert vlm.image_tokens == len(seen) == (P - 1 if projector == "gated" else P)
     assert torch.allclose(rows_of(vlm, tok, root), want, atol=1e-4) and want.std() > .3
@@ -161,8 +168,9 @@ def test_any_llm_and_tower_join_and_give_the_logits_of_transformers(tmp_path, pi
 
 def test_prompts_of_the_chat_template_and_of_a_tokenizer_without_one(tmp_path):
     vision, _ = vision_folder(tmp_path / "v", "flat")
-    for kind, want in (("qwen", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                        "{}\nFind angle A.<|im_end|>\n<|im_start|>assistant\n60. †Answer: 60°<|im_end|>"),
+    for kind, want in (("qwen", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                        "<|im_start|>user\n{}\nFind angle A.<|im_end|>\n"
+                        "<|im_start|>assistant\n60. †Answer: 60°<|im_end|>"),
                        ("llama", "<|begin_of_text|>User: {}\nFind angle A.\n\nAssistant:60. †Answer: 60°"
                         "<|end_of_text|>")):
         vlm, tok = join(llm_folder(tmp_path / kind, kind)[0], vision)
@@ -197,8 +205,10 @@ def test_pad_is_eos_where_there_is_no_pad(tmp_path, picture):
     assert (batch.labels == tok.eos_token_id).sum() == 2
     alone = torch.cat([rows_of(vlm, tok, root, [r]) for r in some])
     assert torch.allclose(rows_of(vlm, tok, root, some), alone, atol=1e-4)
-    reply = vlm.generate(make_batch(vlm, tok, some, root=root, answer=False), 4, tok.eos_token_id, tok.pad_token_id)
-    one = vlm.generate(make_batch(vlm, tok, some[:1], root=root, answer=False), 4, tok.eos_token_id, tok.pad_token_id)
+    reply = vlm.generate(make_batch(vlm, tok, some, root=root, answer=False), 4,
+                         tok.eos_token_id, tok.pad_token_id)
+    one = vlm.generate(make_batch(vlm, tok, some[:1], root=root, answer=False), 4,
+                       tok.eos_token_id, tok.pad_token_id)
     assert reply[0, :one.shape[1]].tolist() == one[0].tolist()
 
 
@@ -215,10 +225,12 @@ def released_folder(folder, tied=True, rows=320, template=True):
     text = TEXT | dict(vocab_size=rows, tie_word_embeddings=tied, rope_theta=1e6, model_type="qwen2")
     llm = randomize(Qwen2ForCausalLM(Qwen2Config(**text)))
     gen = torch.manual_seed(5)
-    aligner = {f"aligner.{k}_proj.weight": torch.randn(32, 32, generator=gen) / 4 for k in ("gate", "up", "down")}
+    aligner = {f"aligner.{k}_proj.weight": torch.randn(32, 32, generator=gen) / 4
+               for k in ("gate", "up", "down")}
     tensors = {f"vision_model.vision_model.{k}": t for k, t in tower.state_dict().items()} | aligner | {
         f"language_model.{k}": t for k, t in llm.state_dict().items() if not (tied and k == "lm_head.weight")}
-    config = {"model_type": "qwen2vlm", "architectures": ["Qwen2vlmForConditionalGeneration"], "ignore_index": -100,
+    config = {"model_type": "qwen2vlm", "architectures": ["Qwen2vlmForConditionalGeneration"],
+              "ignore_index": -100,
               "image_token_index": len(tok) - 1, "vision_feature_layer": -2, "torch_dtype": "float32",
               "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu",
               "vision_config": VISION | {"model_type": "siglip_vision_model"}, "text_config": text}
@@ -229,14 +241,15 @@ def released_folder(folder, tied=True, rows=320, template=True):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_released_checkpoint_gives_the_logits_of_the_released_code(tmp_path, picture, tied):
-    """By hand: one <|image|> expands to the features of hidden layer -2 without the first; positions count from
-    the first real token, pads on either side are masked."""
+    """By hand: one <|image|> expands to the features of hidden layer -2 without the first; positions count
+    from the first real token, pads on either side are masked."""
     folder, tower, llm, w, _ = released_folder(tmp_path / "r", tied, template=False)
     vlm, tok = load_vlm(folder)
     root, pixels = picture
-    prompt = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|image|>\nFind angle A."
-              "<|im_end|>\n<|im_start|>assistant\n")
-    ids, answer = tok(prompt).input_ids, tok("60. †Answer: 60°").input_ids + [tok.convert_tokens_to_ids("<|im_end|>")]
+    prompt = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+              "<|im_start|>user\n<|image|>\nFind angle A.<|im_end|>\n<|im_start|>assistant\n")
+    ids = tok(prompt).input_ids
+    answer = tok("60. †Answer: 60°").input_ids + [tok.convert_tokens_to_ids("<|im_end|>")]
     at = ids.index(tok.convert_tokens_to_ids("<|image|>"))
     with torch.no_grad():
         seen = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
@@ -246,11 +259,13 @@ def test_a_released_checkpoint_gives_the_logits_of_the_released_code(tmp_path, p
         x = torch.cat([x[:, :at], features[None], x[:, at + 1:]], 1)
         for left in (0, 3):  # pads
             for right in (0, 2):
-                x_padded, mask = F.pad(x, (0, 0, left, right)), F.pad(torch.ones(1, x.shape[1]).long(), (left, right))
+                x_padded = F.pad(x, (0, 0, left, right))
+                mask = F.pad(torch.ones(1, x.shape[1]).long(), (left, right))
                 logits = llm(inputs_embeds=x_padded, attention_mask=mask,
                              position_ids=(mask.cumsum(-1) - 1).clamp_min(0)).logits[0]
                 end = logits.shape[0] - right
-                assert torch.allclose(rows_of(vlm, tok, root), logits[end - len(answer) - 1:end - 1], atol=1e-4)
+                assert torch.allclose(rows_of(vlm, tok, root), logits[end - len(answer) - 1:end - 1],
+                                      atol=1e-4)
     assert vlm.image_tokens == P - 1 and len(vlm.unused) == 16 + 2 + 11  # a layer, a norm, the head
 
 
@@ -292,7 +307,8 @@ def test_the_language_model_alone_loads_with_transformers(tmp_path):
 
 def hybrid():
     """A small DeepSeek-VL hybrid model of transformers, and its state dict in the released names."""
-    low = VISION | dict(model_type="siglip_vision_model", hidden_act="gelu", vision_use_head=False, hidden_size=32)
+    low = VISION | dict(model_type="siglip_vision_model", hidden_act="gelu", vision_use_head=False,
+                        hidden_size=32)
     high = dict(model_type="sam_vision_model", hidden_size=24, num_hidden_layers=12, num_attention_heads=2,
                 image_size=96, patch_size=16, output_channels=8, window_size=4)
     text = TEXT | dict(model_type="llama", vocab_size=320)
@@ -310,7 +326,8 @@ def hybrid():
         elif name == "high_res_vision_alpha":
             out[H + "hd_alpha_downsamples"] = t
         elif m := re.fullmatch(r"high_res_vision_model\.vision_encoder\.(.*)", name):
-            out[H + m[1].replace("layers.", "blocks.").replace("layer_norm", "norm").replace("projection", "proj")] = t
+            out[H + m[1].replace("layers.", "blocks.").replace("layer_norm", "norm")
+                .replace("projection", "proj")] = t
         elif m := re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.(.*)", name):
             if m[2].startswith("self_attn.q_proj"):
                 qkv = torch.cat([ours["model." + name.replace("q_proj", f"{k}_proj")] for k in "qkv"])
@@ -326,7 +343,8 @@ def hybrid():
         elif m := re.fullmatch(r"vision_model\.post_layernorm\.(\w+)", name):
             out[f"{S}norm.{m[1]}"] = t
         elif m := re.fullmatch(r"aligner\.(\w+)\.(\w+)", name):
-            where = {"proj": "layers.1", "vision_proj": "low_up_proj", "high_res_vision_proj": "high_up_proj"}[m[1]]
+            where = {"proj": "layers.1", "vision_proj": "low_up_proj",
+                     "high_res_vision_proj": "high_up_proj"}[m[1]]
             out[f"aligner.{where}.{m[2]}"] = t
         elif m := re.fullmatch(r"language_model\.(.*)", name):
             out[f"language_model.model.{m[1]}"] = t
@@ -345,18 +363,20 @@ def test_the_released_deepseek_layout_gives_the_logits_of_transformers(tmp_path,
     write_shards(tmp_path / "r", tensors, {
         "model_type": "multi_modality", "language_config": text,
         "vision_config": {"cls": "HybridVisionTower", "params": {
-            "high_res_cfg": {"model_name": "sam_b_downsample", "image_size": 96, "pixel_mean": mean, "pixel_std": std,
-                             "select_layer": -1},
-            "low_res_cfg": {"model_name": "siglip_large_patch16_384", "image_size": 48, "pixel_mean": [.5] * 3,
-                            "pixel_std": [.5] * 3, "select_layer": -1}}}})
+            "high_res_cfg": {"model_name": "sam_b_downsample", "image_size": 96,
+                             "pixel_mean": mean, "pixel_std": std, "select_layer": -1},
+            "low_res_cfg": {"model_name": "siglip_large_patch16_384", "image_size": 48,
+                            "pixel_mean": [.5] * 3, "pixel_std": [.5] * 3, "select_layer": -1}}}})
     tokenizer("llama").save_pretrained(tmp_path / "r")
     vlm, tok = load_vlm(str(tmp_path / "r"))
     pixels = torch.rand(1, 3, 96, 96, generator=torch.manual_seed(0)) * 2 - 1
-    Image.fromarray(((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()).save(tmp_path / "p.png")
+    Image.fromarray(((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()).save(
+        tmp_path / "p.png")
     pixels = model.load_image(tmp_path / "p.png", 96)[None]
     batch = make_batch(vlm, tok, [row()], root=str(tmp_path))
     with torch.no_grad():
-        high_pixels = ((pixels + 1) / 2 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        high_pixels = (((pixels + 1) / 2 - torch.tensor(mean)[:, None, None])
+                       / torch.tensor(std)[:, None, None])
         low_pixels = F.interpolate(pixels, (48, 48), mode="bilinear", antialias=True)
         whole.config.image_token_id = whole.model.config.image_token_id = vlm.image_token_id
         want = whole(input_ids=batch.input_ids, pixel_values=low_pixels, high_res_pixel_values=high_pixels,
@@ -388,18 +408,21 @@ def data(tmp_path_factory):
 
 
 def flags(data, out, **more):
-    base = {"data": data, "out": str(out), "batch": 2, "micro_batch": 2, "steps": 1, "log_every": 1, "lr": 1e-3}
+    base = {"data": data, "out": str(out), "batch": 2, "micro_batch": 2, "steps": 1, "log_every": 1,
+            "lr": 1e-3}
     return [f"--{k}={v}" for k, v in (base | more).items()]
 
 
-def test_from_a_qwen_and_a_siglip_folder_through_stages_2_and_3_to_the_table(tmp_path, data, monkeypatch, capsys):
+def test_from_a_qwen_and_a_siglip_folder_through_stages_2_and_3_to_the_table(
+        tmp_path, data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (llm, language), (vision, _) = llm_folder(tmp_path / "Qwen2"), vision_folder(tmp_path / "siglip", "full")
     two = flags(data, "out/stage2", steps=2, llm=llm, vision=vision, projector="gated")
     stage2_kl_align.main([*two, "--no-evaluate"])
     after = load_vlm("out/stage2")[0]
     assert torch.equal(after.lm_head, language.lm_head.weight)
-    assert not torch.equal(after.projector.up_proj.weight, join(llm, vision, "gated")[0].projector.up_proj.weight)
+    assert not torch.equal(after.projector.up_proj.weight,
+                           join(llm, vision, "gated")[0].projector.up_proj.weight)
     assert os.path.exists("out/stage2/step-2/model.safetensors")
     assert "projector: 3,072 parameters, trained" in capsys.readouterr().out
     stage3_mm_instruct.main([*flags(data, "out/stage3", init="out/stage2"), "--no-evaluate"])
@@ -436,7 +459,8 @@ def test_frozen_parts_are_bfloat16_where_asked_and_stay_so_on_disk(tmp_path, pic
     llm, vision = llm_folder(tmp_path / "l")[0], vision_folder(tmp_path / "v", "flat")[0]
     vlm, tok = join(llm, vision, trained=("vision_model", "projector"), frozen=torch.bfloat16)
     kinds = {name: {p.dtype for p in child.parameters()} for name, child in vlm.named_children()}
-    assert kinds == {"vision_model": {torch.float32}, "projector": {torch.float32}, "language_model": {torch.bfloat16}}
+    assert kinds == {"vision_model": {torch.float32}, "projector": {torch.float32},
+                     "language_model": {torch.bfloat16}}
     assert vlm.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     save_vlm(str(tmp_path / "o"), vlm, tok)
     sizes = {name: t.dtype for name, t in load_file(tmp_path / "o" / "model.safetensors").items()}
@@ -450,11 +474,12 @@ def test_frozen_parts_are_bfloat16_where_asked_and_stay_so_on_disk(tmp_path, pic
         assert rows.dtype == torch.bfloat16 and (rows - exact).norm() < .1 * exact.norm()
         with torch.autocast("cpu", torch.bfloat16):  # as on a GPU: the sums between layers stay float32
             hidden = vlm(make_batch(vlm, tok, [row()], root=picture[0]))
-    assert hidden.dtype == torch.float32 and (hidden @ vlm.lm_head.float().T - exact).norm() < .1 * exact.norm()
+    assert hidden.dtype == torch.float32
+    assert (hidden @ vlm.lm_head.float().T - exact).norm() < .1 * exact.norm()
 
 
 def test_compile_changes_no_name_and_no_result(tmp_path, picture, monkeypatch):
-    """Through dynamo, without code generation: with it, it passes too, but that takes a minute and a C++ compiler."""
+    """Through dynamo, without code generation: with it, it passes too, in a minute, given a C++ compiler."""
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
     llm, vision = llm_folder(tmp_path / "l")[0], vision_folder(tmp_path / "v", "flat")[0]
@@ -494,7 +519,8 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, harm, message):
     if harm == "missing":
         edit_shard(llm, lambda d: {k: t for k, t in d.items() if k != "model.norm.weight"})
     elif harm == "shape":
-        edit_shard(llm, lambda d: d | ({"model.norm.weight": torch.ones(31)} if "model.norm.weight" in d else {}))
+        edit_shard(llm, lambda d: d | (
+            {"model.norm.weight": torch.ones(31)} if "model.norm.weight" in d else {}))
     elif harm == "extra":
         edit_shard(llm, lambda d: d | {"model.more": torch.ones(2)})
     elif harm == "truncated":
@@ -522,14 +548,16 @@ def test_names_that_are_no_folder(tmp_path, monkeypatch):
         join("/no/such", vision)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match=r"--llm some/model: .*LocalEntryNotFoundError.*--local-dir DIR` elsewhere"):
+    with pytest.raises(SystemExit, match=r"--llm some/model: .*LocalEntryNotFoundError.*"
+                                         r"--local-dir DIR` elsewhere"):
         join("some/model", vision)
     llm = llm_folder(tmp_path / "llm")[0]
     with pytest.raises(SystemExit, match="a qwen2 model, neither ours.*--llm"):
         load_vlm(llm)
 
 
-@pytest.mark.parametrize("flag", [["--llm", "a"], ["--vision", "a"], ["--llm", "a", "--vision", "b", "--init", "c"]])
+@pytest.mark.parametrize("flag", [
+    ["--llm", "a"], ["--vision", "a"], ["--llm", "a", "--vision", "b", "--init", "c"]])
 def test_llm_and_vision_go_together_and_not_with_init(flag, capsys):
     with pytest.raises(SystemExit):
         stage2_kl_align.parse_args(flag)
@@ -537,7 +565,7 @@ def test_llm_and_vision_go_together_and_not_with_init(flag, capsys):
 
 
 def test_nothing_random_and_nothing_twice_in_memory(tmp_path, monkeypatch):
-    """Loading draws no random numbers but the new projector's, and goes through no second copy of the model."""
+    """Loading draws no random numbers but the new projector's, and makes no second copy of the model."""
     llm, vision = llm_folder(tmp_path / "l")[0], vision_folder(tmp_path / "v", "flat")[0]
     save_vlm(str(tmp_path / "o"), *join(llm, vision))
     before = torch.get_rng_state()
