@@ -68,16 +68,17 @@ def parse_args(argv=None):
 #     answer phrase  "the answer is", "choose", and the like (PHRASES); the last one not negated or supposed
 #     only line, first line    a line that is a value or a letter, and the only such line
 #     last sentence  what stands behind its last "is" or "=" (COPULA)
-# or why there is none: two answers marked, two answers stated, hedged, nothing found.  For a choice it goes
-# on with: option text, no option, several letters, letter and text disagree.
+# or why there is none: two answers marked, two answers stated, hedged (HEDGE, BLIND), taken back (TAKEN_BACK,
+# REJECTED), negated or supposed (NOT, DENIED, SUPPOSED), nothing found.  For a choice it goes on with: option
+# text, no option, several letters, letter and text disagree.
 # ------------------------------------------------------------------------------------------------------------
 KINDS = ("choice", "choice_text", "integer", "float", "list", "free")
 Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text that was marked; why that text
 SPELLING = [line.split() for line in (  # the last one of a line replaces the others
     "Â° 掳 º ˚ ^{\\circ} ^\\circ ^{°} ^° \\circ ^{\\degree} ^\\degree \\degree °", "× \\times \\cdot · ⋅ *",
     "÷ \\div /", "√ sqrt", "∞ \\infty inf", "− – — -", "\\leqslant \\leq ⩽ ≤ ≦ <=", "\\cup ∪", "\\pm ±",
-    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠", "\\{ {",
-    "\\} }", "\\% %")]
+    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ =/= =\\= !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠",
+    "\\{ {", "\\} }", "\\% %")]
 LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out, a level a turn
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}", r"\1"),
     (r"\^\{([^{}]*)\}", r"^(\1)"), (r"\\[dtc]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"((\1)/(\2))"),
@@ -124,26 +125,52 @@ PHRASES = any_of(  # said in words; the group is the answer and what follows it
     r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))" rf"\s?:?\s{{0,3}}{REST}",
     rf"\b(?:it|that|this) (?:should|must) be {REST}",
     rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
-    rf"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? {REST}",
+    rf"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? (?!\d+ [a-z]|\w ?=){REST}",
     rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option|choice)) {LETTER}(?=[.!]?$)",  # "... = 5. Option B."
-    rf"选项\s?{LETTER}\s?正确",
+    rf"选项\s?{LETTER}\s?正确(?!吗)",
     rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
     r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))")  # "B is correct"
-REFUSED = any_of(r"\b(?:cannot|can't|unable to|not able to) (?:see|view|read|answer|solve)\b", "看不到|看不见")
+CANNOT = r"\b(?:cannot|can't|unable to|not able to) "
+BLIND = any_of(  # anywhere in a reply
+    CANNOT + "(?:see|view) (?:the|an?|any|this|your) (?:image|picture|figure|diagram|graph)", "看不到|看不见",
+    r"\bwithout (?:seeing )?(?:the|an?) (?:image|picture|figure|diagram|graph)",
+    r"\bno (?:image|picture|figure|diagram) (?:is|was|has been) (?!needed)")
 HEDGE = any_of(  # in the sentence of an answer, or after it
-    REFUSED.pattern, r"\b(?:might|maybe|perhaps|probably|possibly|likely|may (?:also )?be|could be|seems?"
-    r"|appears?|unsure|guess|either|not (?:\w+ )?(?:sure|certain)|cannot (?:be )?(?:determined?|say|tell)"
-    r"|can't (?:tell|say))\b", "可能|也许|不确定|无法确定")
-TAKEN_BACK = any_of(  # all that stands before is withdrawn
-    r"(?:^|[.!?,:;\n-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry"  # "B. Wait, C."
-    r"|on (?:second thought|reflection)|i meant)\b",
-    r"\b(?:this|that|it|which|who|he|she|they) (?:is|are|was|were) (?:wrong|incorrect|a mistake|false"
-    r"|not (?:right|correct|true))", "等等|不对|更正|错了|不正确")  # "B, which is wrong"
+    "可能|也许|大概|不确定|无法确定",
+    CANNOT + "(?:see|view|read|answer|solve|verify|(?:be )?(?:determined?|tell|say|sure|certain))",
+    r"\b(?:might|maybe|perhaps|probably|possibly|presumably|likely|may (?:also )?be|could be|seems?|appears?"
+    r"|unsure|guess|(?:rough|just an) estimate|either|otherwise|unless)\b",
+    r"\bnot (?:\w+ )?(?:sure|certain|confident)\b", r"\b(?:another|the other) (?:solution|root|answer|value)",
+    r"[.!?\n] ?also (?:\S+ ?=|-?\d)|\bboth \S+ and \S+ (?:work|are|is|fit)|,? (?:and so on|etc)\b|, ?\.\.")
+WRONG = (  # said of what stands before it
+    r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a )?(?:wrong|incorrect|mistaken?|false)"
+    r"|(?:not|n't|'t) (?:be |look |seem )?(?:right|correct|true))|contradicts")
+TAKEN_BACK = any_of(  # all that stands before is withdrawn: "B. Wait, C."
+    r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry|on reflection"
+    r"|on second thought|i meant|hold on|oops|hmm|(?:my )?apologies|strike that|or rather|edit(?=:)"
+    r"|correcting|(?:let me )?(?:re-?check(?:ing)?|reconsider|redo)|(?:i|we) made an? \w+)\b",
+    r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)", "等等|不对|更正|错了|不正确",
+    rf"\b(?:this|that|it|which|who|he|she|they) ?(?:{WRONG})\b(?! that)")
+REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no", "15, which does not fit"
+    r"\W{0,9}(?:[^\s,]{1,40},? )?(?:(?:which|that|but it|but this) )?(?:" + WRONG + r"|(?:is|are|was|can)"
+    r"(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous|too \w+)|(?:is|can"
+    r"|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match|satisfy))\b",
+    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true)|no(?=\W{0,9}$))\b")
+DENIED = any_of(  # before a value, in its sentence: "none of these is 15", "we reject x = 5"
+    r"\b(?:none|nothing|no way|hardly|rarely|impossible|undefined|fails? to|except|otherwise|unless|old"
+    r"|originally|possibility|mistake|try|(?:false|wrong|incorrect) that)\b"
+    r"|\b(?:exclud|reject|discard|extraneous|choose|pick|consider)"
+    r"|\bno (?!longer\b|need\b)\w+ (?:of|has|is|are|equals?|fits?|x|that)\b"
+    r"|\b(?:wrong|incorrect|false|rough|first|initial|naive) (?:answer|option|choice|value|estimate|root)\b")
 SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states nothing
     r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)[^,]*$",
     r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
-    r"(?:n't|not|doubt) (?:\w+ )?(?:that )?(?:the )?$|\b(?:never|can) ?$|不要?$",  # "I do not think that the"
-    r"\b(?:option|choice) [A-J] ?$")
+    r"(?:n't|\bnot(?! hard| diff)|\bno(?! doubt| need)|\b(?:never|nothing|impossible|unlikely|false|unless"
+    r"|otherwise|example)|(?<!only )\bpossible|(?<!no )\bdoubt|\b(?:claim|argue|suggest)s?)\b"
+    r"(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
+    r"(?:\b(?:never|can|incorrect|wrong|naive|first|initial|earlier|previous|common|other|one|his|her|their"
+    r"|your)|(?<!\blet)(?<!\bit)'s) ?$|\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
+    r"(?:不|没|无法|误|错误|同学|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
 NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
 IS = (  # what an answer stands behind in a last sentence
     r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals?|needs?|costs?|weighs?"
@@ -156,19 +183,28 @@ EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y
 SENTENCE = re.compile(  # its end; not the dot of a point's name or of "i.e."
     r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
 END = re.compile("|".join((  # where a candidate ends
-    r"(?<=[^A-Z.])(?<!^\d)\.(?=\s|$)|。",
+    r"(?<=[^A-Z.])\.(?=\s|$)|。",
     r",? (?:because|since|so that|which|where)\b|,? (?:i\.e\.|因为)",  # "5, because ..."
     r", (?:so(?![^=\n]{0,80}=)|as(?! well)|not|and (?:so|thus|hence|therefore|it|this|that|the|we|not)) ",
     r"\s?\([^()]{0,80}[a-z]{2} [a-z]{2}[^()]{0,80}\)$")))  # "5 (the sum of both)"
-LEAD = any_of(r"(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equal to|option|choice|between"
-              r"|the),?\s+", r"选项\s?")
-TAIL = re.compile(r" (?:(?:are|is) )?(?:left|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
+LEAD = any_of(r"(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equivalently|equal to|option"
+              r"|choice|between|the),?\s+", r"选项\s?")
+TAIL = re.compile(
+    r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
 GIVEN = re.compile("(?:since|as|because|if|when|with|for) ", re.I)
 ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"; not "AB = 5, so AC = 6"
     r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
-NO_LABEL = any_of(r"\b(?:than|not|except|but|at|when|if|for|to|by|half|twice|double|minus|that|from|reject"
-                  r"|exclude|discard)\b")  # "half of AB = 10" is not 10
-OTHER_LETTER = re.compile(r"(?<![\w∠])(?<!not )[A-J](?![\w'])")  # not that of an angle or of "not B"
+NO_LABEL = any_of(  # "half of AB = 10" is not 10
+    DENIED.pattern, r"\b(?:than|not|but|at|when|if|for|to|by|half|twice|double|minus|that|from|with)\b")
+JOINED = re.compile(  # to another answer: "5 cm or 6 cm"
+    r"(?:\W{0,9}[a-z°]{1,3}(?<!\bor))?\W{0,9}(?:\bor\b|或)\s?(?:\\f?box(?:ed)?|<answer>)?\W{0,9}"
+    r"(.{0,80})", re.S)
+BOTH = re.compile(  # between two marks
+    r"(?:</?\w+>|\W|\b[a-z]{1,3}\b)*(?:or|and|或)\W*(?:\\f?box(?:ed)?|<answer>)?\W*")
+OTHER_LETTER = re.compile(r"(?<![\w∠])(?<![Nn]ot )[A-J](?![\w'])")  # not that of an angle or of "not B"
+LATER = re.compile(  # the letter beside an option's text: "15, which is option B", "15. (B)"
+    r"(?<!not )(?<!than )(?:\(|\b(?i:option|choice|is|therefore|thus|so|hence|choose),? \(?|\n\W{0,9})"
+    r"([A-J])(?=\W{0,9}(?:$|\n)|\)|[.:] | (?:is|as)\b)")
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")  # "B", "(B)", "B. 40°"
 
 def clean(text):
@@ -178,28 +214,52 @@ def clean(text):
     return TAIL.sub("", text[m.end():] if (m := LEAD.match(text)) else text)
 
 def extract(reply, equations=False):
-    """The final answer in a normalised reply. -> (text or None, name of the rule that found it)
+    """The final answer in a normalised reply. -> (text or None, name of the rule that found it, what follows)
 
     equations  whether one or several are asked for: then "the line is 2x + y = 5" says more than 5
     """
-    back = max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0)
-    reply = reply[back:]  # what came before is withdrawn, whether another answer follows or not
-    marks = [(m.start(1), m[1]) for mark in MARKS for m in mark.finditer(reply)]
+    # What came before is withdrawn, whether another answer follows or not.
+    reply = reply[max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0):]
+    lines = [line.strip(" #*") for line in reply.split("\n") if line.strip(" #*")]
+    if BLIND.search(reply):
+        return None, "hedged", ""
+    if found := answer_mark(reply) or answer_phrase(reply):
+        return found
+    if HEDGE.search(reply[-300:]):
+        return None, "hedged", ""
+    if PHRASES.search("".join(lines[-1:])):
+        return None, "negated or supposed", ""
+    found = lines and (short_line(reply, lines) or last_sentence(reply, lines[-1], equations))
+    return found or (None, "nothing found", "")
+
+def stated(reply, text, rule, start, end=0):
+    """As extract, for a text found behind start, unless what follows (from end) takes it back."""
+    behind = reply[end or max(start, reply.find(text, start)) + len(text):]
+    if (joined := JOINED.match(behind)) and not same(clean(joined[1]), clean(text)):
+        return None, "two answers stated", ""
+    if REJECTED.match(behind) or re.fullmatch(r"\W*[A-J]\W*\?", text):
+        return None, "taken back", ""
+    return text or None, rule, behind
+
+def answer_mark(reply):
+    marks = sorted((m.start(1), m.end(), m[1]) for mark in MARKS for m in mark.finditer(reply))
     if marks:
-        (last, text), *rest = sorted(marks, reverse=True)
-        if rest and rest[0][1] != text and re.fullmatch(
-                r"\W*(?:or|and|或)\W*(?:\\f?box(?:ed)?)?\W*", reply[rest[0][0] + len(rest[0][1]):last][:100]):
-            return None, "two answers marked"
-        head = re.split(r"(?<=[.!?\n])\s", reply[max(0, last - 90):last])[-1]  # "The answer is not \boxed{5}"
-        if HEDGE.search(head) or re.search(r"\b(?:not|never|if|suppose|assume)\b[^,]*$", head, re.I):
-            return None, "hedged"
-        return text.strip() or None, "answer mark"
+        start, end, text = marks[-1]
+        _, middle, other = marks[-2] if marks[1:] else marks[-1]
+        if other != text and BOTH.fullmatch(reply[middle:start][:100]):
+            return None, "two answers marked", ""
+        head = re.split(r"(?<=[.!?\n])\s", reply[max(0, start - 90):start])[-1]  # "It is not \boxed{5}"
+        if HEDGE.search(head) or SUPPOSED.search(head) or HEDGE.search(reply[end:]):
+            return None, "hedged", ""
+        return stated(reply, text.strip(), "answer mark", start, end)
+
+def answer_phrase(reply):
     found = None
     for m in [*PHRASES.finditer(reply)][-200:]:  # a hostile reply has thousands
         text = next(filter(None, m.groups()))
         before = SENTENCE.split(reply[max(0, m.start() - 80):m.start()])[-1]
         if found and (m[0].lower().startswith("and") or re.search(r"\bor (?:the )?(?:correct )?$", before)):
-            return None, "two answers stated"
+            return None, "two answers stated", ""
         if NOT.match(text):  # "not B but C" states C; "not B" takes back what was said before if that was B
             other = re.search(r"(?:\bbut\b|\bit is\b|\bit's\b|而是) ?(.+)", text)
             same_again = found and clean(text[3:]) == clean(found[1])
@@ -207,40 +267,50 @@ def extract(reply, equations=False):
         elif not SUPPOSED.search(before) and not re.match(r"[^.!]*\?", text):
             found = m, text
     if found:
-        said = reply[reply.rfind(".", 0, found[0].start()) + 1:]  # and what follows: a doubt may come late
-        return (None, "hedged") if HEDGE.search(said) else (clean(found[1]) or None, "answer phrase")
-    lines = [line.strip(" #*") for line in reply.split("\n") if line.strip(" #*")]
-    if not lines or HEDGE.search(reply[-300:]):
-        return None, "hedged" if lines else "nothing found"
+        start = found[0].start()
+        if HEDGE.search(reply[reply.rfind(".", 0, start) + 1:]):  # a doubt may come late
+            return None, "hedged", ""
+        return stated(reply, clean(found[1]), "answer phrase", start)
+
+def short_line(reply, lines):
     bare = [bare_value(line) for line in lines[:50]]  # several different ones: a list, none is stated
-    sentences = SENTENCE.split(lines[-1].strip())
-    first, last = lines[0], sentences[-1] or sentences[-2]
-    rule = "only line" if len(lines) == 1 else "first line"
-    one = len(SENTENCE.split(first)) == 1 and not (len(lines) > 1 and "=" in first)
-    if bare[0] and one and len({*bare} - {None}) == 1:
-        return clean(first), rule
+    first, alone = lines[0], len(lines) == 1
+    rule = "only line" if alone else "first line"
+    if bare[0] and len({*bare} - {None}) == len(SENTENCE.split(first)) == 1 and (alone or "=" not in first):
+        other = not (alone or LABEL.match(first)) and extract(lines[-1])[0]  # "180°\nSo the angle is 60°."
+        if other and number(other) and not same(other, bare[0]):
+            return None, "two answers stated", ""
+        return stated(reply, clean(first), rule, 0)
     wordy = re.search(r"[^\W\d_]{2}", re.sub("sqrt|sin|cos|tan|log|ln|pi|inf|in|and|or", "", first))
-    if first == last and len(first) <= 60 and not (COPULA.search(first) and wordy or first.endswith("?")):
-        return clean(first), rule
+    if alone and len(first) <= 60 and len(SENTENCE.split(first)) == 1 and not (
+            COPULA.search(first) and wordy or first.endswith(("?", ":"))):
+        return stated(reply, clean(first), rule, 0)
+
+def last_sentence(reply, line, equations):
+    *others, last = filter(None, SENTENCE.split(line))
     *before, text = COPULA.split(TAIL.sub("", last.rstrip(". ")))
     bound = r"\b(?:less|greater|more|larger|smaller|exceeds?) |\bat (?:least|most) \d"
-    if "<" in (given := "=".join(before)) or ">" in given or before and re.search(bound, before[-1]):
-        return None, "nothing found"  # "AC < 2 + 3 = 5"
-    if equations and (m := EQUATION.search(last.rstrip(". ")[-200:])):
+    if not before or re.search("[<>]", given := "=".join(before)) or re.search(bound, before[-1]):
+        return None  # "AC < 2 + 3 = 5"
+    if equations and not re.match(r"\W*(?:if|when|at|for|with|suppose)\b|.*\bor\b", last, re.I) and (
+            m := EQUATION.search(last.rstrip(". ")[-200:])):
         text, before = m[1] or m[2], before[:1]
-    supposed = SUPPOSED.search(given[-300:])
+    claim = re.split(r"\b(?:so|thus|hence|therefore|then|obtain|gives?|get)\b", given[-300:])[-1]
+    claim = claim.partition(",")[2] if re.match(r"\W*(?:since|as|because) ", claim, re.I) else claim
+    term = re.search(r"(?:^|\s)(?:\d+[a-z]|[a-z]\^\(?\d\)?|1/[a-z]|\|[a-z]\|) ?$", claim.partition("=")[0])
     several = len(before) > 1 and not GIVEN.match(last) and ANOTHER.search(before[-1][-200:])
-    cut = len(sentences) > 1 and re.search(r"\w$", last)  # the reply ends within a sentence
-    if before and len(text) <= 60 and text.strip() != "a" and not (
-            several or cut or last.endswith("?") or NOT.search(last) or supposed):
-        return clean(text) or None, "last sentence"
-    return None, "nothing found"
+    cut = others and re.search(r"\w$", last)  # the reply ends within a sentence
+    denied = NOT.search(claim) or DENIED.search(claim) or NOT.match(text.strip())
+    if len(text) <= 60 and text.strip() != "a" and not (
+            term or several or cut or denied or SUPPOSED.search(given[-300:]) or last.endswith("?")):
+        return stated(reply, clean(text), "last sentence", reply.rfind(text))
 
 def bare_value(line):
     """The letter or value of a line that is no more than that, else None."""
     if label := LABEL.match(line):
         return label[1]
-    value = unlabel(clean(line))[1] if len(line) <= 60 and not SUPPOSED.search(line.partition("=")[0]) else ""
+    value = unlabel(clean(line))[1] if len(line) <= 60 and not (
+        line.endswith(":") or SUPPOSED.search(line.partition("=")[0])) else ""
     return value if number(value) else None
 
 # Units: what they measure (a power of a length, ...) and how many of the first of its kind they are.
@@ -266,10 +336,12 @@ FUNCTIONS = {"sqrt": lambda x: power(x, Fraction(1, 2)), "sin": math.sin, "cos":
              "ln": math.log, "log": math.log10}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: lambda a, b: power(a, b)}
-THINGS = re.compile(  # "5 apples", but not "5 million", "5 thirds", "5 or more"
-    r"(.*\d\)?) ?((?!.*\b(?:not|and|n?or|does|is|are|than|to|plus|minus|times|over|squared|cubed|wrong|above"
-    r"|below|under|off|pairs?|half|halves|quarters?|\w+ths?|thirds?|factorial|hundred|fewer|thousand|million"
-    r"|billion|dozen)\b)(?<= )[A-Za-z]{3,}(?: [A-Za-z]{3,})?|[个只条本人岁名块种次][\u4e00-\u9fff]{0,4})")
+THINGS = re.compile(  # "5 apples", "1 apple", but not "5 dozens", "5 more apples", "5 fifty"
+    r"(.*\d\)?) ?((?<= )(?!(?:more|fewer|less|extra|too|percentage|and|or|of|to|per|times|plus|minus)\b)"
+    r"(?:[A-Za-z]{3,} )?(?!(?:\w*(?:hundred|thousand|illion|dozen|half|third|quarter|(?<!mon)th)|pair|ten)s?"
+    r"\b)(?!(?:times|plus|minus|less|halves|this|does|wrong|squared|cubed|factorial|past)\b)"
+    r"(?:[A-Za-z]{2,}s|people|men|women|children|fish|sheep|(?<=\b1 )[A-Za-z]{3,})"
+    r"|(?!次[方幂])[个只条本人岁名块种次](?:(?![半以多十百千万的错左上])[\u4e00-\u9fff]){0,4})")
 Number = namedtuple("Number", "values unit scale decimals")  # decimals: (places, digits)
 
 def power(a, b):
@@ -322,7 +394,8 @@ def expression(text):
 @functools.lru_cache(maxsize=256)
 def number(text):
     """A text as Number, or None: "12 cm^2", "3 1/2", "1,200", "2sqrt(3)", "x+1", "50%", "seven"."""
-    text = re.sub(r"^(?:approximately|about|roughly|=) ?", "", text.strip().rstrip(".").strip()[:121])
+    text = text.replace("per cent", "percent").strip().rstrip(".").strip()[:121]
+    text = re.sub(r"^(?:approximately|about|roughly|=) ?", "", text)
     text = re.sub(r"(?<![\d.])(\d{1,3}(?:[, ]\d{3})+)(?!\d)", lambda m: re.sub("[, ]", "", m[1]), text)
     text = re.sub(r"^(-?)(\d+) ?(?:\(\((\d+)\)/\((\d+)\)\)|(?<= )(\d+)/(\d+))", r"\1(\2+\3\5/\4\6)", text)
     text = re.sub(r"(\d)[eE]([+-]?\d+)", r"\1*10^(\2)", text)
@@ -397,8 +470,8 @@ def proportional(a, b):
 
 def same(found, gold):
     """Whether two normalised answers are equal: as sets, lists, equations, values, relations or text."""
-    if found == gold:
-        return found != ""  # an option that is a picture has no text
+    if found == gold or len(found) > 2000:  # not worth the time
+        return found == gold != ""  # an option that is a picture has no text
     found, gold = (re.sub("^([^±]*)±([^±]*)$", r"\1+\2 or \1-\2", text) for text in (found, gold))
     for joint in ",? or |或", "∪":
         some, others = re.split(joint, found), re.split(joint, gold)
@@ -441,18 +514,45 @@ def letter_of(found, n):
 def option_of(found, options, kind):
     """-> (index of the option that a found answer names, or None; what the rule's name goes on with)"""
     index, rest = letter_of(found, len(options) or 10)
+    rest = re.sub("^ ?[-;] ", " ", rest)
     equal, also = ([k for k, option in enumerate(options) if option == text != ""] or
                    [k for k, option in enumerate(options) if same(text, option)]
                    for text in (clean(found), clean(rest).strip("()")))
-    if index is not None and also and index not in also:
+    if index is not None and not also and REJECTED.match(rest):
+        return None, ", taken back"
+    other = re.match(r"[ (]*\d", rest) and number(clean(rest).strip("()")) and all(map(number, options))
+    if index is not None and index not in also and (also or other and options):  # "C. 16", but there is no 16
         return None, ", letter and text disagree"
-    if index is not None and not also and OTHER_LETTER.search(rest):
+    if index is not None and not also and (OTHER_LETTER.search(rest) or re.match(r"\W*\S+ or ", rest)):
         return None, ", several letters"
     if index is not None and not (kind == "choice_text" and equal):
         return index, ""
     if len({options[k] for k in equal}) == 1:  # one option, or several that read alike
         return equal[0], ", option text"
     return None, ", option text" if equal else ", no option"
+
+def first_words(reply, options, kind):
+    """As extract, for a reply that begins with the words of an option, "Yes, because ...", else None."""
+    clauses = [c.strip() for c in re.split(r"[,;:!\n]|\.(?=\s|$)", reply.lower())]
+    said = [o for o in options if re.search(r"[^\W\d]{2}", o) and o.lower() in (
+        clauses if kind == "choice_text" else [reply.lower()])]
+    if len(said) == 1 and reply.lower().startswith(said[0].lower()):
+        rest = reply[len(said[0]):]
+        later, why, _ = extract(rest.lstrip(" .,:;!"))  # nothing else may be said
+        if not (TAKEN_BACK.search(reply) or HEDGE.search(rest) or re.match("answer|two|taken", why)
+                or later and any(same(later, option) for option in options if option != said[0])):
+            return said[0], "first words", ""
+
+def last_words(reply, options):
+    """-> the option that is the last sentence, "Therefore, a = b.", or None."""
+    last = clean(SENTENCE.split(reply.rpartition("\n")[2].strip("* "))[-1])
+    lead, _, tail = reply.rpartition(last or "\n")
+    items = (re.sub(r"^\W*(?:\d\d?|[A-J])[.)] ", "", item) for item in re.split("[\n,]", lead[-2000:]))
+    if last in options and not {clean(item.strip("#* ")) for item in items} & {*options} - {last}:  # no list
+        denied = r"\b(?:not|n't|wrong|incorrect|if|or|too|assume|suppose)\b[^.!\n]{0,80}$"  # "It is not\n15"
+        lead = lead.strip("\n *") or "."
+        if lead[-1] in ".!:,。0123456789" and not (re.search(denied, lead, re.I) or REJECTED.match(tail)):
+            return last
 
 def score_answer(reply, gold, kind, choices=None):
     """Mark one reply. -> Score(match, extracted, rule)
@@ -471,19 +571,10 @@ def score_answer(reply, gold, kind, choices=None):
     gold = gold.split("\n")[0] if len({*gold.split("\n")}) == 1 else gold  # one shipped value is there twice
     if reply == gold != "":
         return Score(True, reply, "same text")
-    clauses = [c.strip() for c in re.split(r"[,;:!\n]|\.(?=\s|$)", reply.lower())]  # "Yes, because ..."
-    said = [o for o in options if o.lower() in (clauses if kind == "choice_text" else [reply.lower()])]
-    once = len(said) == 1 and reply.lower().startswith(said[0].lower()) and not (
-        TAKEN_BACK.search(reply) or HEDGE.search(reply[len(said[0]):])  # and nothing else is stated later:
-        or re.match("answer|two", extract(reply[len(said[0]):].lstrip(" .,:;!"))[1]))
     equations = "=" in gold and re.search("[a-z]", unlabel(gold)[1]) or len(elements(gold)[1]) > 1
-    found, rule = (said[0], "first words") if once else extract(reply, equations)
-    last = clean(SENTENCE.split(reply.rpartition("\n")[2].strip("* "))[-1])  # "Therefore, a = b."
-    alone = {clean(line.strip("#* ")) for line in reply.split("\n")} & {*options} <= {last}  # no list of them
-    lead = reply[:reply.rfind(last)].strip("\n *") or "."  # "It is not\n15" names none
-    if last in options and alone and rule in ("last sentence", "only line", "nothing found") and not (
-            re.search(r"(?:[^.!:,。\d]|\b(?:not|n't|wrong|incorrect|if|or)\b[^.!\n]{0,80})$", lead, re.I)):
-        found, rule = last, "last sentence"
+    found, rule, behind = first_words(reply, options, kind) or extract(reply, equations)
+    if rule in ("last sentence", "only line", "nothing found") and (option := last_words(reply, options)):
+        found, rule = option, "last sentence"
     if found is None:
         return Score(False, None, rule)
     letters = re.findall(r"(?:^|\n)\W{0,2}([A-J])(?!\w)", gold) if kind == "choice" else []  # "False": none
@@ -491,6 +582,8 @@ def score_answer(reply, gold, kind, choices=None):
         return Score(OTHER_LETTER.findall(found) == letters, found, rule)
     if letters or kind == "choice_text":
         index, why = option_of(found, options, kind)
+        if index is not None and why and any(ascii_uppercase[index] != m for m in LATER.findall(behind)):
+            index, why = None, ", letter and text disagree"
         if index is None or (not letters and index >= len(options)):
             return Score(False, found, rule + why)
         match = index == ascii_uppercase.index(letters[0]) if letters else options[index] == gold or (
