@@ -125,7 +125,8 @@ PHRASES = any_of(  # said in words; the group is the answer and what follows it
     r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))" rf"\s?:?\s{{0,3}}{REST}",
     rf"\b(?:it|that|this) (?:should|must) be {REST}",
     rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
-    rf"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)? (?!\d+ [a-z]|\w ?=){REST}",
+    r"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)?"
+    rf" (?!\d+ [a-z]|\w ?=|one|two|three|any){REST}",
     rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option|choice)) {LETTER}(?=[.!]?$)",  # "... = 5. Option B."
     rf"选项\s?{LETTER}\s?正确(?!吗)",
     rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
@@ -139,37 +140,41 @@ HEDGE = any_of(  # in the sentence of an answer, or after it
     "可能|也许|大概|不确定|无法确定",
     CANNOT + "(?:see|view|read|answer|solve|verify|(?:be )?(?:determined?|tell|say|sure|certain))",
     r"\b(?:might|maybe|perhaps|probably|possibly|presumably|likely|may (?:also )?be|could be|seems?|appears?"
-    r"|unsure|guess|(?:rough|just an) estimate|either|otherwise|unless)\b",
-    r"\bnot (?:\w+ )?(?:sure|certain|confident)\b", r"\b(?:another|the other) (?:solution|root|answer|value)",
+    r"|unsure|guess|(?:rough|just an) estimate|either(?! [^.]*\bnor\b|[.,])|unless)\b",
+    r"(?:^|[.;\n]) ?otherwise\b",
+    r"\bnot (?:\w+ )?(?:sure|certain|confident)\b",
+    r"\b(?:another|the other) (?:solution|root|answer|value) ?(?:is|=|x)",
     r"[.!?\n] ?also (?:\S+ ?=|-?\d)|\bboth \S+ and \S+ (?:work|are|is|fit)|,? (?:and so on|etc)\b|, ?\.\.")
 WRONG = (  # said of what stands before it
     r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a )?(?:wrong|incorrect|mistaken?|false)"
     r"|(?:not|n't|'t) (?:be |look |seem )?(?:right|correct|true))|contradicts")
 TAKEN_BACK = any_of(  # all that stands before is withdrawn: "B. Wait, C."
     r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry|on reflection"
-    r"|on second thought|i meant|hold on|oops|hmm|(?:my )?apologies|strike that|or rather|edit(?=:)"
-    r"|correcting|(?:let me )?(?:re-?check(?:ing)?|reconsider|redo)|(?:i|we) made an? \w+)\b",
+    r"|on second thought|i meant?|hold on|oops|hmm|(?:my )?apologies|strike that|or rather|edit(?=:)"
+    r"|correcting|(?:let me )?(?:re-?check(?:ing)?|reconsider|redo)|(?:i|we) made an? (?:error|mistake))\b",
     r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)", "等等|不对|更正|错了|不正确",
-    rf"\b(?:this|that|it|which|who|he|she|they) ?(?:{WRONG})\b(?! that)")
+    rf"(?:^|[.!?\n}}>] ?|, ?but |\bthat )(?:(?:but|however|no),? )?(?:this|that|it) ?(?:{WRONG})\b(?! that)")
 REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no", "15, which does not fit"
-    r"\W{0,9}(?:[^\s,]{1,40},? )?(?:(?:which|that|but it|but this) )?(?:" + WRONG + r"|(?:is|are|was|can)"
-    r"(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous|too \w+)|(?:is|can"
-    r"|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match|satisfy))\b",
+    r"\W{0,9}(?:(?![A-J]\b)[^\s,]{1,40},? )?(?:(?:which|that|but it|but this) )?(?:" + WRONG +
+    r"|(?:is|are|was|can)(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous"
+    r"|too \w+)|(?:is|can|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match"
+    r"|satisfy))\b",
     r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true)|no(?=\W{0,9}$))\b")
 DENIED = any_of(  # before a value, in its sentence: "none of these is 15", "we reject x = 5"
-    r"\b(?:none|nothing|no way|hardly|rarely|impossible|undefined|fails? to|except|otherwise|unless|old"
-    r"|originally|possibility|mistake|try|(?:false|wrong|incorrect) that)\b"
-    r"|\b(?:exclud|reject|discard|extraneous|choose|pick|consider)"
+    r"\b(?:none|nothing|no way|hardly|rarely|impossible|undefined|fails? to|except|otherwise|unless"
+    r"|originally|possibility|mistake|(?:false|wrong|incorrect) that)\b|\b(?:choose|pick|consider|try) \w ?$"
+    r"|\b(?:exclud|reject|discard|extraneous)"
     r"|\bno (?!longer\b|need\b)\w+ (?:of|has|is|are|equals?|fits?|x|that)\b"
-    r"|\b(?:wrong|incorrect|false|rough|first|initial|naive) (?:answer|option|choice|value|estimate|root)\b")
+    r"|\b(?:wrong|incorrect|false|rough|old|first|initial|naive) (?:answer|option|choice|value|estimate)")
 SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states nothing
     r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)[^,]*$",
     r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
     r"(?:n't|\bnot(?! hard| diff)|\bno(?! doubt| need)|\b(?:never|nothing|impossible|unlikely|false|unless"
-    r"|otherwise|example)|(?<!only )\bpossible|(?<!no )\bdoubt|\b(?:claim|argue|suggest)s?)\b"
+    r"|otherwise|example)|\bis possible|(?<!no )\bdoubt|\b(?:claim|argue|suggest)s?)\b"
     r"(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
     r"(?:\b(?:never|can|incorrect|wrong|naive|first|initial|earlier|previous|common|other|one|his|her|their"
-    r"|your)|(?<!\blet)(?<!\bit)'s) ?$|\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
+    r"|your)|(?<!only )\bpossible|(?<!\blet)(?<!\bit)'s) ?$",
+    r"\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
     r"(?:不|没|无法|误|错误|同学|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
 NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
 IS = (  # what an answer stands behind in a last sentence
@@ -237,7 +242,8 @@ def stated(reply, text, rule, start, end=0):
     behind = reply[end or max(start, reply.find(text, start)) + len(text):]
     if (joined := JOINED.match(behind)) and not same(clean(joined[1]), clean(text)):
         return None, "two answers stated", ""
-    if REJECTED.match(behind) or re.fullmatch(r"\W*[A-J]\W*\?", text):
+    another = re.search("[.;:] [A-Z][a-z]", text)  # "B. Option A is 30, which is wrong"
+    if REJECTED.match(behind) and not another or re.fullmatch(r"\W*[A-J]\W*\?", text):
         return None, "taken back", ""
     return text or None, rule, behind
 
@@ -324,7 +330,9 @@ UNITS = {name: (kind, Fraction(amount)) for kind, group in (
     ("time", "s sec second 秒 1 min minute 分钟 60 h hr hour 小时 3600 day 天 86400 week 604800"),
     ("angle", "° deg degree 度 1"), ("percent", "% percent 1"),
     ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("force", "N 1"),
-    ("voltage", "V volt 1"), ("power", "W watt 1 kW 1000"), ("amount", "mol 1"))
+    ("voltage", "V volt 1"), ("power", "W watt 1 kW 1000"), ("amount", "mol 1"),
+    ("current", "A ampere amp 1"), ("resistance", "Ω ohm 1"), ("frequency", "Hz hertz 1"),
+    ("pressure", "Pa pascal 1 kPa 1000"))
     for names, amount in re.findall(r"((?:[^\d\s]+ )+)([\d/]+)", group) for name in names.split()}
 POWERS = {"square": 2, "sq": 2, "平方": 2, "squared": 2, "cubic": 3, "立方": 3, "cubed": 3}
 NAME = "|".join(sorted(UNITS, key=len, reverse=True))
@@ -513,6 +521,7 @@ def letter_of(found, n):
 
 def option_of(found, options, kind):
     """-> (index of the option that a found answer names, or None; what the rule's name goes on with)"""
+    found = re.sub(r"^(.{1,99}?),? \(([A-J])\)$", r"\2. \1", found)  # "15 (B)"
     index, rest = letter_of(found, len(options) or 10)
     rest = re.sub("^ ?[-;] ", " ", rest)
     equal, also = ([k for k, option in enumerate(options) if option == text != ""] or
