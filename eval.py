@@ -84,7 +84,7 @@ LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out
     (r"\^\{([^{}]*)\}", r"^(\1)"), (r"\\[dtc]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\[dtc]?frac\s?(\d)\s?(\d)", r"(\1/\2)"), (r"\\?sqrt\s?\{([^{}]*)\}", r" sqrt(\1)"),
     (r"\\sqrt\s?\[(\d)\]\s?\{([^{}]*)\}", r"((\2)^(1/\1))"), (r"\\(sqrt|sin|cos|tan|ln|log|pi)", r" \1 "),
-    (r"π", " pi "), (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
+    (r"\\Rightarrow|\\implies|⇒|⟹|→|∴", ", so "), (r"π", " pi "), (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
 
 def normalise(text):
     """One spelling for one thing: Unicode forms, signs, LaTeX. -> str.  Linear in the length of the text."""
@@ -121,61 +121,74 @@ MARKS = [re.compile(pattern) for pattern in (  # made for it
 REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
 PHRASES = any_of(  # said in words; the group is the answer and what follows it
     r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"  # "The answer is", "Answer:", "答案为"
-    r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确的|\b(?:option|choice) that is correct)"
+    r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确(?:的|选项)|\b(?:option|choice) that is correct)"
     r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))" rf"\s?:?\s{{0,3}}{REST}",
     rf"\b(?:it|that|this) (?:should|must) be {REST}",
     rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
     r"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)?"
     rf" (?!\d+ [a-z]|\w ?=|one|two|three|any){REST}",
-    rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option|choice)) {LETTER}(?=[.!]?$)",  # "... = 5. Option B."
-    rf"选项\s?{LETTER}\s?正确(?!吗)",
+    rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option(?: letter)?|choice|therefore|thus|hence)[:,]?)"
+    rf" {LETTER}(?=[.!]?$)", rf"(?:对应|即)选项\s?{LETTER}",  # "... = 5. Option B."
+    rf"(?:选项|\b){LETTER}\s?(?:选项)?是?正确(?!吗)",
     rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
     r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))")  # "B is correct"
 CANNOT = r"\b(?:cannot|can't|unable to|not able to) "
+PICTURE = "(?:image|picture|figure|diagram)s?"
 BLIND = any_of(  # anywhere in a reply
-    CANNOT + "(?:see|view) (?:the|an?|any|this|your) (?:image|picture|figure|diagram|graph)", "看不到|看不见",
-    r"\bwithout (?:seeing )?(?:the|an?) (?:image|picture|figure|diagram|graph)",
-    r"\bno (?:image|picture|figure|diagram) (?:is|was|has been) (?!needed)")
-HEDGE = any_of(  # in the sentence of an answer, or after it
-    "可能|也许|大概|不确定|无法确定",
-    CANNOT + "(?:see|view|read|answer|solve|verify|(?:be )?(?:determined?|tell|say|sure|certain))",
-    r"\b(?:might|maybe|perhaps|probably|possibly|presumably|likely|may (?:also )?be|could be|seems?|appears?"
-    r"|unsure|guess|(?:rough|just an) estimate|either(?! [^.]*\bnor\b|[.,])|unless)\b",
-    r"(?:^|[.;\n]) ?otherwise\b",
-    r"\bnot (?:\w+ )?(?:sure|certain|confident)\b",
-    r"\b(?:another|the other) (?:solution|root|answer|value) ?(?:is|=|x)",
-    r"[.!?\n] ?also (?:\S+ ?=|-?\d)|\bboth \S+ and \S+ (?:work|are|is|fit)|,? (?:and so on|etc)\b|, ?\.\.")
+    r"\b(?:cannot|can't|unable to|not able to|don't|do not) (?:actually )?(?:see|view|access|have access to)"
+    rf" (?:(?:the|an?|any|this|your) )?{PICTURE}", rf"\bwithout (?:seeing )?(?:the|an?) {PICTURE}",
+    rf"\bthere is no {PICTURE}|\bno {PICTURE} (?:(?:is|was|has been) )?(?:provided|attached|given|shown|visible)",
+    rf"\b{PICTURE} (?:is|was|isn't|wasn't) (?:not )?(?:missing|illegible|(?:too )?blurry|unclear|(?<=n't |not )"
+    r"(?:shown|provided|visible|available|attached|clear))", "(?:看不|无法(?:看|查看|读))(?:到|见|清|取)?|没有图")
+DOUBT = (  # words of one who does not know
+    r"可能|也许|大概|不确定|无法(?:确定|判断)|我?猜|随便|估计|或许|似乎|好像|看起来|\b(?:might|maybe|perhaps|probably|possibly|presumably|tentatively|apparently"
+    r"|arguably|supposedly|unsure|uncertain|guess(?:ing)?|suspect|hunch|intuition|plausible|chances|odds are|bet"
+    r"|may (?:also )?be|could be|don't know|no idea|hard to (?:say|tell)|depends|shot in the dark|in theory"
+    r"|(?:rough|just an) estimate|unless|insufficient|(?:not|n't) (?:have )?enough information"
+    r"|not (?:\w+ )?(?:sure|certain|confident))\b|" + CANNOT + r"(?:see|view|read|answer|solve|verify|tell|say|determine"
+    r"|be (?:sure|certain))\b|(?:^|[.;\n]) ?otherwise\b|\b(?:another|the other) (?:possible )?(?:solution|root|answer"
+    r"|value) ?(?:is|=|:|x)|[.!?\n] ?also (?:\S+ ?=|-?\d)|\balso (?:correct|right|true)|\bboth \S+ and \S+ (?:work|are|is|fit)"
+    r"|,? (?:and so on|etc)\b|, ?\.\.")
+HEDGE = any_of(  # in the sentence of an answer
+    DOUBT, r"\b(?:likely|seems?|looks? like|appears?|either(?! [^.]*\bnor\b|[.,]))\b|" + CANNOT + "be determined?")
+DOUBT = any_of(DOUBT)  # and also behind it
 WRONG = (  # said of what stands before it
     r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a )?(?:wrong|incorrect|mistaken?|false)"
     r"|(?:not|n't|'t) (?:be |look |seem )?(?:right|correct|true))|contradicts")
 TAKEN_BACK = any_of(  # all that stands before is withdrawn: "B. Wait, C."
-    r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry|on reflection"
-    r"|on second thought|i meant?|hold on|oops|hmm|(?:my )?apologies|strike that|or rather|edit(?=:)"
-    r"|correcting|(?:let me )?(?:re-?check(?:ing)?|reconsider|redo)|(?:i|we) made an? (?:error|mistake))\b",
-    r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)", "等等|不对|更正|错了|不正确",
+    r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry|on reflection|my mistake"
+    r"|on second thought|i meant?|hold on|oops|hmm|(?:my )?apologies|strike that|or rather|(?:edit|updated?)(?=:)"
+    r"|correcting|on the contrary|better said|(?:let me|i need to) (?:revise|correct)|(?:up)?on (?:further )?review"
+    r"|(?:let me )?(?:re-?check(?:ing)?|recalculate|recompute|reconsider|redo)|(?:i|we) (?:misread|apologize"
+    r"|made an? (?:error|mistake)))\b",
+    r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)", "等等|稍等|不对|更正|错了|不正确(?!的)|重新计算|抱歉|。不,",
     rf"(?:^|[.!?\n}}>] ?|, ?but |\bthat )(?:(?:but|however|no),? )?(?:this|that|it) ?(?:{WRONG})\b(?! that)")
 REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no", "15, which does not fit"
     r"\W{0,9}(?:(?![A-J]\b)[^\s,]{1,40},? )?(?:(?:which|that|but it|but this) )?(?:" + WRONG +
     r"|(?:is|are|was|can)(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous"
     r"|too \w+)|(?:is|can|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match"
     r"|satisfy))\b",
-    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true)|no(?=\W{0,9}$))\b")
+    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true)|no(?=\W{0,9}$))\b",
+    r"\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)|\W{0,9}\(?too (?:small|large|big)\b")
 DENIED = any_of(  # before a value, in its sentence: "none of these is 15", "we reject x = 5"
     r"\b(?:none|nothing|no way|hardly|rarely|impossible|undefined|fails? to|except|otherwise|unless"
     r"|originally|possibility|mistake|(?:false|wrong|incorrect) that)\b|\b(?:choose|pick|consider|try) \w ?$"
-    r"|\b(?:exclud|reject|discard|extraneous)"
+    r"|\b(?:exclud|reject|discard|extraneous|substitut|plug|setting|testing|to (?:prove|show))|\bbound\b"
+    r"|\b(?:one|a) (?:possible )?(?:solution|root|value)\b|\bpossible value\b(?!s)|for example|e\.g\.|^\W*where\b"
+    r"|\b(?:half|twice|double|third|quarter|square|%|\d) (?:of )?[a-z] ?$|[a-z] (?:plus|minus|times) \S+ ?$"
     r"|\bno (?!longer\b|need\b)\w+ (?:of|has|is|are|equals?|fits?|x|that)\b"
     r"|\b(?:wrong|incorrect|false|rough|old|first|initial|naive) (?:answer|option|choice|value|estimate)")
 SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states nothing
     r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)[^,]*$",
     r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
     r"(?:n't|\bnot(?! hard| diff)|\bno(?! doubt| need)|\b(?:never|nothing|impossible|unlikely|false|unless"
-    r"|otherwise|example)|\bis possible|(?<!no )\bdoubt|\b(?:claim|argue|suggest)s?)\b"
+    r"|otherwise|example)|\bis possible|(?<!no )\bdoubt|\b(?:claim|argue|suggest|disagree|deny|reject|pretend|imagine|(?<!\bi )(?<!\bwe )(?:think"
+    r"|believe|say|wrote))s?|tempting|misconception|myth|mistake|wrong)\b"
     r"(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
-    r"(?:\b(?:never|can|incorrect|wrong|naive|first|initial|earlier|previous|common|other|one|his|her|their"
+    r"(?:\b(?:never|can|incorrect|wrong|tempting|naive|first|initial|earlier|previous|common|other|one|his|her|their"
     r"|your)|(?<!only )\bpossible|(?<!\blet)(?<!\bit)'s) ?$",
     r"\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
-    r"(?:不|没|无法|误|错误|同学|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
+    r"(?:不|没|无法|误|错|同学|学生|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
 NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
 IS = (  # what an answer stands behind in a last sentence
     r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals?|needs?|costs?|weighs?"
@@ -204,12 +217,13 @@ NO_LABEL = any_of(  # "half of AB = 10" is not 10
 JOINED = re.compile(  # to another answer: "5 cm or 6 cm"
     r"(?:\W{0,9}[a-z°]{1,3}(?<!\bor))?\W{0,9}(?:\bor\b|或)\s?(?:\\f?box(?:ed)?|<answer>)?\W{0,9}"
     r"(.{0,80})", re.S)
-BOTH = re.compile(  # between two marks
-    r"(?:</?\w+>|\W|\b[a-z]{1,3}\b)*(?:or|and|或)\W*(?:\\f?box(?:ed)?|<answer>)?\W*")
+BOTH = re.compile(  # between two marks of one sentence; atomic, or "<a><a><a>" takes 2^n steps
+    r"(?></?\w+>|[^\w\n]|\b[a-z]{1,3}\b|\n(?=\W*(?:or|and)\b))*(?:\\f?box(?:ed)?|<answer>)?[^\w\n]*")
+FACTOR = re.compile(  # before a box: "2\boxed{5}", "x < \boxed{5}"
+    r"([-+*/^<>]|[<>!]=|\b(?:at (?:least|most)|(?:less|more|greater) than)|\d|) ?[$(]*\Z")
+POWER = re.compile(  # behind a box
+    r"\W?(?: ?(?:pi\b|sqrt ?\S+|\^ ?\S+|[*/+-] ?\S+|%|(?:hundred|thousand|million|billion|dozen)\b))+|")
 OTHER_LETTER = re.compile(r"(?<![\w∠])(?<![Nn]ot )[A-J](?![\w'])")  # not that of an angle or of "not B"
-LATER = re.compile(  # the letter beside an option's text: "15, which is option B", "15. (B)"
-    r"(?<!not )(?<!than )(?:\(|\b(?i:option|choice|is|therefore|thus|so|hence|choose),? \(?|\n\W{0,9})"
-    r"([A-J])(?=\W{0,9}(?:$|\n)|\)|[.:] | (?:is|as)\b)")
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")  # "B", "(B)", "B. 40°"
 
 def clean(text):
@@ -218,24 +232,31 @@ def clean(text):
     text = re.sub("(?<=[a-z]{2})!$", "", text)  # 4! is 24
     return TAIL.sub("", text[m.end():] if (m := LEAD.match(text)) else text)
 
-def extract(reply, equations=False):
+def extract(reply, equations=False, options=()):
     """The final answer in a normalised reply. -> (text or None, name of the rule that found it, what follows)
 
     equations  whether one or several are asked for: then "the line is 2x + y = 5" says more than 5
+    options    of a choice: "cannot be determined" is no doubt if it is one of them
     """
     # What came before is withdrawn, whether another answer follows or not.
     reply = reply[max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0):]
     lines = [line.strip(" #*") for line in reply.split("\n") if line.strip(" #*")]
     if BLIND.search(reply):
         return None, "hedged", ""
-    if found := answer_mark(reply) or answer_phrase(reply):
+    if found := answer_mark(reply, options) or answer_phrase(reply, options):
         return found
-    if HEDGE.search(reply[-300:]):
+    if doubted(reply[-300:], HEDGE, options):
         return None, "hedged", ""
     if PHRASES.search("".join(lines[-1:])):
         return None, "negated or supposed", ""
     found = lines and (short_line(reply, lines) or last_sentence(reply, lines[-1], equations))
     return found or (None, "nothing found", "")
+
+def doubted(text, words, options):
+    for option in options:
+        if words.search(option):
+            text = re.sub(re.escape(option), "", text, flags=re.I)
+    return words.search(text)
 
 def stated(reply, text, rule, start, end=0):
     """As extract, for a text found behind start, unless what follows (from end) takes it back."""
@@ -247,19 +268,25 @@ def stated(reply, text, rule, start, end=0):
         return None, "taken back", ""
     return text or None, rule, behind
 
-def answer_mark(reply):
-    marks = sorted((m.start(1), m.end(), m[1]) for mark in MARKS for m in mark.finditer(reply))
+def answer_mark(reply, options):
+    marks = sorted((m.start(1), m.end(), m[1].strip()) for mark in MARKS for m in mark.finditer(reply))
     if marks:
         start, end, text = marks[-1]
         _, middle, other = marks[-2] if marks[1:] else marks[-1]
-        if other != text and BOTH.fullmatch(reply[middle:start][:100]):
+        if other != text and middle < start and BOTH.fullmatch(reply[middle:start][:100]):
             return None, "two answers marked", ""
         head = re.split(r"(?<=[.!?\n])\s", reply[max(0, start - 90):start])[-1]  # "It is not \boxed{5}"
-        if HEDGE.search(head) or SUPPOSED.search(head) or HEDGE.search(reply[end:]):
+        if SUPPOSED.search(head) or doubted(head, HEDGE, options) or doubted(reply[end:], DOUBT, options):
             return None, "hedged", ""
+        later = (answer_phrase(reply[end:], options) or [None])[0]
+        if later and bool(LABEL.match(later)) == bool(LABEL.match(text)) and not (
+                same(later, text) or LABEL.match(text) and later[0] == text.strip("(")[0]):
+            return None, "two answers stated", ""
+        box = reply[:start].rfind("\\") if reply[end - 1] == "}" else 0  # "2\boxed{5}", "\boxed{5} million"
+        text = (FACTOR.search(reply[:box])[1] + text + POWER.match(reply[end:])[0]) if box else text
         return stated(reply, text.strip(), "answer mark", start, end)
 
-def answer_phrase(reply):
+def answer_phrase(reply, options):
     found = None
     for m in [*PHRASES.finditer(reply)][-200:]:  # a hostile reply has thousands
         text = next(filter(None, m.groups()))
@@ -274,7 +301,10 @@ def answer_phrase(reply):
             found = m, text
     if found:
         start = found[0].start()
-        if HEDGE.search(reply[reply.rfind(".", 0, start) + 1:]):  # a doubt may come late
+        said = reply[reply.rfind(".", 0, start) + 1:]  # and what follows: a doubt may come late
+        own = re.split(r"(?<=[.!?]) |\n", said.lstrip())[0]
+        own = re.split(r", so\b|\b(?:therefore|hence|thus)\b", own)[-1]
+        if doubted(own, HEDGE, options) or doubted(said, DOUBT, options):
             return None, "hedged", ""
         return stated(reply, clean(found[1]), "answer phrase", start)
 
@@ -581,7 +611,7 @@ def score_answer(reply, gold, kind, choices=None):
     if reply == gold != "":
         return Score(True, reply, "same text")
     equations = "=" in gold and re.search("[a-z]", unlabel(gold)[1]) or len(elements(gold)[1]) > 1
-    found, rule, behind = first_words(reply, options, kind) or extract(reply, equations)
+    found, rule, behind = first_words(reply, options, kind) or extract(reply, equations, options)
     if rule in ("last sentence", "only line", "nothing found") and (option := last_words(reply, options)):
         found, rule = option, "last sentence"
     if found is None:
@@ -591,7 +621,8 @@ def score_answer(reply, gold, kind, choices=None):
         return Score(OTHER_LETTER.findall(found) == letters, found, rule)
     if letters or kind == "choice_text":
         index, why = option_of(found, options, kind)
-        if index is not None and why and any(ascii_uppercase[index] != m for m in LATER.findall(behind)):
+        later = extract(behind.lstrip(" .,:;!)"), options=options)[0] if index is not None else None
+        if later and option_of(later, options, kind)[0] not in (None, index):  # "B ... so the angle is 60°"
             index, why = None, ", letter and text disagree"
         if index is None or (not letters and index >= len(options)):
             return Score(False, found, rule + why)
