@@ -77,14 +77,14 @@ Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text 
 SPELLING = [line.split() for line in (  # the last one of a line replaces the others
     "Â° 掳 º ˚ ^{\\circ} ^\\circ ^{°} ^° \\circ ^{\\degree} ^\\degree \\degree °", "× \\times \\cdot · ⋅ *",
     "÷ \\div /", "√ sqrt", "∞ \\infty inf", "− – — -", "\\leqslant \\leq ⩽ ≤ ≦ <=", "\\cup ∪", "\\pm ±",
-    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ =/= =\\= !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠",
+    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ =/= =\\= !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠", "\\Omega Ω",
     "\\{ {", "\\} }", "\\% %")]
 LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out, a level a turn
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}", r"\1"),
     (r"\^\{([^{}]*)\}", r"^(\1)"), (r"\\[dtc]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\[dtc]?frac\s?(\d)\s?(\d)", r"(\1/\2)"), (r"\\?sqrt\s?\{([^{}]*)\}", r" sqrt(\1)"),
     (r"\\sqrt\s?\[(\d)\]\s?\{([^{}]*)\}", r"((\2)^(1/\1))"), (r"\\(sqrt|sin|cos|tan|ln|log|pi)", r" \1 "),
-    (r"\\Rightarrow|\\implies|⇒|⟹|→|∴", ", so "), (r"π", " pi "), (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
+    (r"\\Rightarrow|\\implies|⇒|⟹|∴", ", so "), (r"π", " pi "), (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
 
 def normalise(text):
     """One spelling for one thing: Unicode forms, signs, LaTeX. -> str.  Linear in the length of the text."""
@@ -126,17 +126,20 @@ PHRASES = any_of(  # said in words; the group is the answer and what follows it
     rf"\b(?:it|that|this) (?:should|must) be {REST}",
     rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
     r"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)?"
-    rf" (?!\d+ [a-z]|\w ?=|one|two|three|any){REST}",
-    rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option(?: letter)?|choice|therefore|thus|hence)[:,]?)"
+    rf" (?!\w (?:as|so that|to)\b|\d+ [a-z]|\w ?=|one|two|three|any){REST}",
+    rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option(?: letter)?|choice|therefore|thus|hence|final|conclusion)[:,]?)"
     rf" {LETTER}(?=[.!]?$)", rf"(?:对应|即)选项\s?{LETTER}",  # "... = 5. Option B."
+    rf"(?:\b(?:option|choice|solution|result|letter)|选项)\s?:\s?{LETTER}(?=\W|$)",
+    rf"\b(?:option|choice) {LETTER} (?:fits|matches)\b",
     rf"(?:选项|\b){LETTER}\s?(?:选项)?是?正确(?!吗)",
-    rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|option|choice))\s?{LETTER} (?:is|would be|must be)"
+    rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|only|option|choice))\s?{LETTER} (?:is|would be|must be)"
     r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))")  # "B is correct"
 CANNOT = r"\b(?:cannot|can't|unable to|not able to) "
 PICTURE = "(?:image|picture|figure|diagram)s?"
 BLIND = any_of(  # anywhere in a reply
     r"\b(?:cannot|can't|unable to|not able to|don't|do not) (?:actually )?(?:see|view|access|have access to)"
-    rf" (?:(?:the|an?|any|this|your) )?{PICTURE}", rf"\bwithout (?:seeing )?(?:the|an?) {PICTURE}",
+    rf" (?:(?:the|an?|any|this|your) )?{PICTURE}", rf"\bwithout (?:seeing |access to )?(?:the|an?) {PICTURE}",
+    r"\b(?:not enough|need more|without more) information|信息不足|图片缺失", rf"please provide the {PICTURE}",
     rf"\bthere is no {PICTURE}|\bno {PICTURE} (?:(?:is|was|has been) )?(?:provided|attached|given|shown|visible)",
     rf"\b{PICTURE} (?:is|was|isn't|wasn't) (?:not )?(?:missing|illegible|(?:too )?blurry|unclear|(?<=n't |not )"
     r"(?:shown|provided|visible|available|attached|clear))", "(?:看不|无法(?:看|查看|读))(?:到|见|清|取)?|没有图")
@@ -144,7 +147,7 @@ DOUBT = (  # words of one who does not know
     r"可能|也许|大概|不确定|无法(?:确定|判断)|我?猜|随便|估计|或许|似乎|好像|看起来|\b(?:might|maybe|perhaps|probably|possibly|presumably|tentatively|apparently"
     r"|arguably|supposedly|unsure|uncertain|guess(?:ing)?|suspect|hunch|intuition|plausible|chances|odds are|bet"
     r"|may (?:also )?be|could be|don't know|no idea|hard to (?:say|tell)|depends|shot in the dark|in theory"
-    r"|(?:rough|just an) estimate|unless|insufficient|(?:not|n't) (?:have )?enough information"
+    r"|(?:rough|just an) estimate|unless|insufficient|presume|lean(?:ing)?|low confidence|depending on|could also|please (?:double|verify|check)|if i(?:'m| am)|(?:not|n't) (?:have )?enough information"
     r"|not (?:\w+ )?(?:sure|certain|confident))\b|" + CANNOT + r"(?:see|view|read|answer|solve|verify|tell|say|determine"
     r"|be (?:sure|certain))\b|(?:^|[.;\n]) ?otherwise\b|\b(?:another|the other) (?:possible )?(?:solution|root|answer"
     r"|value) ?(?:is|=|:|x)|[.!?\n] ?also (?:\S+ ?=|-?\d)|\balso (?:correct|right|true)|\bboth \S+ and \S+ (?:work|are|is|fit)"
@@ -153,12 +156,12 @@ HEDGE = any_of(  # in the sentence of an answer
     DOUBT, r"\b(?:likely|seems?|looks? like|appears?|either(?! [^.]*\bnor\b|[.,]))\b|" + CANNOT + "be determined?")
 DOUBT = any_of(DOUBT)  # and also behind it
 WRONG = (  # said of what stands before it
-    r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a )?(?:wrong|incorrect|mistaken?|false)"
+    r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a |the )?(?:wrong|incorrect|mistaken?|false)"
     r"|(?:not|n't|'t) (?:be |look |seem )?(?:right|correct|true))|contradicts")
 TAKEN_BACK = any_of(  # all that stands before is withdrawn: "B. Wait, C."
     r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry|on reflection|my mistake"
     r"|on second thought|i meant?|hold on|oops|hmm|(?:my )?apologies|strike that|or rather|(?:edit|updated?)(?=:)"
-    r"|correcting|on the contrary|better said|(?:let me|i need to) (?:revise|correct)|(?:up)?on (?:further )?review"
+    r"|correcting|on the contrary|better said|never mind|not quite|looking closer|i forgot|(?:let me|i need to) (?:revise|correct)|(?:up)?on (?:further )?(?:review|rechecking)"
     r"|(?:let me )?(?:re-?check(?:ing)?|recalculate|recompute|reconsider|redo)|(?:i|we) (?:misread|apologize"
     r"|made an? (?:error|mistake)))\b",
     r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)", "等等|稍等|不对|更正|错了|不正确(?!的)|重新计算|抱歉|。不,",
@@ -168,7 +171,7 @@ REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no",
     r"|(?:is|are|was|can)(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous"
     r"|too \w+)|(?:is|can|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match"
     r"|satisfy))\b",
-    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true)|no(?=\W{0,9}$))\b",
+    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true|valid)|(?:this|that|the) \w+ is (?:rejected|not)|no(?=\W{0,9}$))\b",
     r"\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)|\W{0,9}\(?too (?:small|large|big)\b")
 DENIED = any_of(  # before a value, in its sentence: "none of these is 15", "we reject x = 5"
     r"\b(?:none|nothing|no way|hardly|rarely|impossible|undefined|fails? to|except|otherwise|unless"
@@ -183,17 +186,19 @@ SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states n
     r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
     r"(?:n't|\bnot(?! hard| diff)|\bno(?! doubt| need)|\b(?:never|nothing|impossible|unlikely|false|unless"
     r"|otherwise|example)|\bis possible|(?<!no )\bdoubt|\b(?:claim|argue|suggest|disagree|deny|reject|pretend|imagine|(?<!\bi )(?<!\bwe )(?:think"
-    r"|believe|say|wrote))s?|tempting|misconception|myth|mistake|wrong)\b"
+    r"|believe|say|wrote))s?|tempting|misconception|myth|mistake|wrong|you'd)\b"
     r"(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
     r"(?:\b(?:never|can|incorrect|wrong|tempting|naive|first|initial|earlier|previous|common|other|one|his|her|their"
     r"|your)|(?<!only )\bpossible|(?<!\blet)(?<!\bit)'s) ?$",
+    r"\b(?:students|people|many) (?:often|may|would) ?$|(?:e\.g\.|for example|in the form)[^.]*$",
+    r"\b(?:wrong|incorrect) \w+ (?:is|was|would be) ?$",
     r"\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
     r"(?:不|没|无法|误|错|同学|学生|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
 NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
 IS = (  # what an answer stands behind in a last sentence
-    r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals?|needs?|costs?|weighs?"
-    r"|measures?|contains?|takes?|leaves?|pays?|holds?|covers?|covered|spends?|earns?)\b(?: at(?= \())?"
-    r"|等于|为|是|共有|剩下|需要")
+    r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals|needs?|costs?|weighs?"
+    r"|measures?|contains?|takes?|leaves?|pays?|holds?|covers?|covered|spends?|earns?|(?:[Tt]his|which) gives?(?: us)?|get|matches"
+    r"|corresponds? to|(?:[Ii]t|[Tt]hat)'s)\b(?: at(?= \())?|等于|为|是|共有?|还?剩下?|需要")
 COPULA = re.compile(rf"(?<![<>!])=|{IS}")
 EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y = 0"
     rf"(?:{IS}) ?((?!.*[a-z]{{2}})[^=]+=[^=]+)$"
@@ -201,15 +206,16 @@ EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y
 SENTENCE = re.compile(  # its end; not the dot of a point's name or of "i.e."
     r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
 END = re.compile("|".join((  # where a candidate ends
-    r"(?<=[^A-Z.])\.(?=\s|$)|。",
+    r"(?<=[^A-Z.])\.(?=\s|$)|。", r"(?<=\d): (?=.*=)|,? \(?(?:rounded|correct to|to (?:the nearest|\w+ decimal))",
+    r" \((?=(?:or|approx\w*|about|roughly|=) )",
     r",? (?:because|since|so that|which|where)\b|,? (?:i\.e\.|因为)",  # "5, because ..."
-    r", (?:so(?![^=\n]{0,80}=)|as(?! well)|not|and (?:so|thus|hence|therefore|it|this|that|the|we|not)) ",
+    r", (?:so(?![^=\n]{0,80}=)|as(?! well)|not|and (?:so|thus|hence|therefore|it|this|that|the|we|not)) | and not ",
     r"\s?\([^()]{0,80}[a-z]{2} [a-z]{2}[^()]{0,80}\)$")))  # "5 (the sum of both)"
-LEAD = any_of(r"(?:therefore|thus|so|hence|approximately|about|roughly|exactly|equivalently|equal to|option"
-              r"|choice|between|the),?\s+", r"选项\s?")
+LEAD = any_of(r"(?:(?:therefore|thus|so|hence|then|approximately|about|roughly|exactly|equivalently|equal to|option"
+              r"|choice|letter|clearly|indeed|simply|(?:a )?total of|from|between|the),?\s+)+", r"选项\s?")
 TAIL = re.compile(
     r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
-GIVEN = re.compile("(?:since|as|because|if|when|with|for) ", re.I)
+GIVEN = re.compile("(?:given|since|as|because|if|when|with|for) ", re.I)
 ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"; not "AB = 5, so AC = 6"
     r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
 NO_LABEL = any_of(  # "half of AB = 10" is not 10
@@ -219,12 +225,11 @@ JOINED = re.compile(  # to another answer: "5 cm or 6 cm"
     r"(.{0,80})", re.S)
 BOTH = re.compile(  # between two marks of one sentence; atomic, or "<a><a><a>" takes 2^n steps
     r"(?></?\w+>|[^\w\n]|\b[a-z]{1,3}\b|\n(?=\W*(?:or|and)\b))*(?:\\f?box(?:ed)?|<answer>)?[^\w\n]*")
-FACTOR = re.compile(  # before a box: "2\boxed{5}", "x < \boxed{5}"
-    r"([-+*/^<>]|[<>!]=|\b(?:at (?:least|most)|(?:less|more|greater) than)|\d|) ?[$(]*\Z")
-POWER = re.compile(  # behind a box
-    r"\W?(?: ?(?:pi\b|sqrt ?\S+|\^ ?\S+|[*/+-] ?\S+|%|(?:hundred|thousand|million|billion|dozen)\b))+|")
+BUT = any_of(  # "Yes, but only if", "Increasing, then decreasing", "Yes, I can help"
+    r"\W*(?:but|and|or|then|if|assuming|when|sometimes|only|later|for some|\d|i (?:can|need|don't)|let)\b")
+DENIES = any_of(r"\b(?:not|wrong|incorrect|false|cannot|too \w+)\b|n't\b")
 OTHER_LETTER = re.compile(r"(?<![\w∠])(?<![Nn]ot )[A-J](?![\w'])")  # not that of an angle or of "not B"
-LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$)")  # "B", "(B)", "B. 40°"
+LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$|,? [(-]? ?(?:because|since)\b)")  # "B", "(B)", "B. 40°"
 
 def clean(text):
     """A candidate without the words around it."""
@@ -241,7 +246,7 @@ def extract(reply, equations=False, options=()):
     # What came before is withdrawn, whether another answer follows or not.
     reply = reply[max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0):]
     lines = [line.strip(" #*") for line in reply.split("\n") if line.strip(" #*")]
-    if BLIND.search(reply):
+    if doubted(reply, BLIND, options):
         return None, "hedged", ""
     if found := answer_mark(reply, options) or answer_phrase(reply, options):
         return found
@@ -261,7 +266,7 @@ def doubted(text, words, options):
 def stated(reply, text, rule, start, end=0):
     """As extract, for a text found behind start, unless what follows (from end) takes it back."""
     behind = reply[end or max(start, reply.find(text, start)) + len(text):]
-    if (joined := JOINED.match(behind)) and not same(clean(joined[1]), clean(text)):
+    if (joined := JOINED.match(behind)) and not same(clean(joined[1]).rstrip(")"), clean(text)):
         return None, "two answers stated", ""
     another = re.search("[.;:] [A-Z][a-z]", text)  # "B. Option A is 30, which is wrong"
     if REJECTED.match(behind) and not another or re.fullmatch(r"\W*[A-J]\W*\?", text):
@@ -273,17 +278,18 @@ def answer_mark(reply, options):
     if marks:
         start, end, text = marks[-1]
         _, middle, other = marks[-2] if marks[1:] else marks[-1]
-        if other != text and middle < start and BOTH.fullmatch(reply[middle:start][:100]):
+        if other and other != text and middle < start and BOTH.fullmatch(reply[middle:start][:100]):
             return None, "two answers marked", ""
         head = re.split(r"(?<=[.!?\n])\s", reply[max(0, start - 90):start])[-1]  # "It is not \boxed{5}"
-        if SUPPOSED.search(head) or doubted(head, HEDGE, options) or doubted(reply[end:], DOUBT, options):
+        if SUPPOSED.search(head) or re.match(r"\W{0,3}\?", reply[end:]) or doubted(head, HEDGE, options) or doubted(reply[end:], DOUBT, options):
             return None, "hedged", ""
         later = (answer_phrase(reply[end:], options) or [None])[0]
         if later and bool(LABEL.match(later)) == bool(LABEL.match(text)) and not (
                 same(later, text) or LABEL.match(text) and later[0] == text.strip("(")[0]):
             return None, "two answers stated", ""
-        box = reply[:start].rfind("\\") if reply[end - 1] == "}" else 0  # "2\boxed{5}", "\boxed{5} million"
-        text = (FACTOR.search(reply[:box])[1] + text + POWER.match(reply[end:])[0]) if box else text
+        if reply[end - 1] == "}":  # "2\\boxed{5}" does not say 5
+            head = reply[:reply.rfind("\\", 0, start)][-40:]
+            text = FACTOR.search(head)[1] + text + POWER.match(reply[end:])[0].rstrip(" .,")
         return stated(reply, text.strip(), "answer mark", start, end)
 
 def answer_phrase(reply, options):
@@ -298,6 +304,8 @@ def answer_phrase(reply, options):
             same_again = found and clean(text[3:]) == clean(found[1])
             found = (m, other[1]) if other else None if same_again else found
         elif not SUPPOSED.search(before) and not re.match(r"[^.!]*\?", text):
+            if found and m.lastindex == found[0].lastindex == PHRASES.groups and text != found[1]:
+                return None, "two answers stated", ""  # "B is true. D is true."
             found = m, text
     if found:
         start = found[0].start()
@@ -317,6 +325,9 @@ def short_line(reply, lines):
         if other and number(other) and not same(other, bare[0]):
             return None, "two answers stated", ""
         return stated(reply, clean(first), rule, 0)
+    label = LABEL.match(re.sub("^[Oo]ption ", "", lines[-1]))
+    if label and not alone and not any(value and LABEL.match(value) for value in bare[:-1]):
+        return stated(reply, lines[-1], "last line", reply.rfind(lines[-1]))
     wordy = re.search(r"[^\W\d_]{2}", re.sub("sqrt|sin|cos|tan|log|ln|pi|inf|in|and|or", "", first))
     if alone and len(first) <= 60 and len(SENTENCE.split(first)) == 1 and not (
             COPULA.search(first) and wordy or first.endswith(("?", ":"))):
@@ -324,21 +335,28 @@ def short_line(reply, lines):
 
 def last_sentence(reply, line, equations):
     *others, last = filter(None, SENTENCE.split(line))
-    *before, text = COPULA.split(TAIL.sub("", last.rstrip(". ")))
+    if COPULA.search(said := re.split(r",? \(?(?:since|because)\b|, as (?=\S+ [=+])", last)[0]):
+        last = said.strip()
+    stem = TAIL.sub("", last.rstrip(". "))
+    *before, text = COPULA.split(stem)
     bound = r"\b(?:less|greater|more|larger|smaller|exceeds?) |\bat (?:least|most) \d"
-    if not before or re.search("[<>]", given := "=".join(before)) or re.search(bound, before[-1]):
-        return None  # "AC < 2 + 3 = 5"
+    if not before or re.search(bound, before[-1]):
+        return None
     if equations and not re.match(r"\W*(?:if|when|at|for|with|suppose)\b|.*\bor\b", last, re.I) and (
             m := EQUATION.search(last.rstrip(". ")[-200:])):
         text, before = m[1] or m[2], before[:1]
-    claim = re.split(r"\b(?:so|thus|hence|therefore|then|obtain|gives?|get)\b", given[-300:])[-1]
-    claim = claim.partition(",")[2] if re.match(r"\W*(?:since|as|because) ", claim, re.I) else claim
-    term = re.search(r"(?:^|\s)(?:\d+[a-z]|[a-z]\^\(?\d\)?|1/[a-z]|\|[a-z]\|) ?$", claim.partition("=")[0])
+    given = "=".join(before)[-300:]
+    claim = re.split(r"\b(?:so|thus|hence|therefore|then|obtain|gives?|get)\b|; since [^,]*,", given, flags=re.I)[-1]
+    if re.match(r"\W*(?:since|as|because|given|\w+ing) ", claim, re.I):
+        claim = claim.partition(",")[2] or claim
+    side = re.split("[A-Za-z]{3,}|[,:;]", claim.partition("=")[0])[-1]  # "So 2x = 10" does not say that x is 10
+    term = stem.removesuffix(text).endswith("=") and "lim" not in claim and re.search("[A-Za-z]", re.sub("pi|sqrt", "", side)) and (
+        re.search(r"(?<![\w_(∠])\d|/\(?\d|\^|\||^\s*-[A-Za-z]", side))
     several = len(before) > 1 and not GIVEN.match(last) and ANOTHER.search(before[-1][-200:])
     cut = others and re.search(r"\w$", last)  # the reply ends within a sentence
     denied = NOT.search(claim) or DENIED.search(claim) or NOT.match(text.strip())
     if len(text) <= 60 and text.strip() != "a" and not (
-            term or several or cut or denied or SUPPOSED.search(given[-300:]) or last.endswith("?")):
+            term or several or cut or denied or "<" in claim or ">" in claim or SUPPOSED.search(given) or last.endswith("?")):
         return stated(reply, clean(text), "last sentence", reply.rfind(text))
 
 def bare_value(line):
@@ -347,19 +365,19 @@ def bare_value(line):
         return label[1]
     value = unlabel(clean(line))[1] if len(line) <= 60 and not (
         line.endswith(":") or SUPPOSED.search(line.partition("=")[0])) else ""
-    return value if number(value) else None
+    return value if number(value) and re.search(r"\d|pi|^\w+$", value) else None
 
 # Units: what they measure (a power of a length, ...) and how many of the first of its kind they are.
 UNITS = {name: (kind, Fraction(amount)) for kind, group in (
     ("length1", "m meter metre 米 1 km kilometer kilometre 千米 1000 dm decimeter 分米 1/10 cm centimeter "
-     "centimetre 厘米 1/100 mm millimeter millimetre 毫米 1/1000 inch inche 127/5000 ft foot feet 381/1250 "
+     "centimetre 厘米 1/100 nm 1/1000000000 mm millimeter millimetre 毫米 1/1000 inch inche 127/5000 ft foot feet 381/1250 "
      "mile 201168/125"),
     ("length3", "L l liter litre Litre 升 1/1000 mL ml milliliter millilitre 毫升 1/1000000"),
-    ("money", "dollar 美元 1"), ("yuan", "元 1"),
+    ("money", "dollar 美元 1 cent 1/100"), ("year", "year 年 1"), ("yuan", "元 1"),
     ("mass", "g gram 克 1 kg kilogram 千克 1000 mg milligram 1/1000 t ton tonne 吨 1000000"),
     ("time", "s sec second 秒 1 min minute 分钟 60 h hr hour 小时 3600 day 天 86400 week 604800"),
     ("angle", "° deg degree 度 1"), ("percent", "% percent 1"),
-    ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("force", "N 1"),
+    ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("small energy", "eV 1"), ("temperature", "K kelvin 1"), ("force", "N 1 kN 1000"),
     ("voltage", "V volt 1"), ("power", "W watt 1 kW 1000"), ("amount", "mol 1"),
     ("current", "A ampere amp 1"), ("resistance", "Ω ohm 1"), ("frequency", "Hz hertz 1"),
     ("pressure", "Pa pascal 1 kPa 1000"))
@@ -367,19 +385,24 @@ UNITS = {name: (kind, Fraction(amount)) for kind, group in (
 POWERS = {"square": 2, "sq": 2, "平方": 2, "squared": 2, "cubic": 3, "立方": 3, "cubed": 3}
 NAME = "|".join(sorted(UNITS, key=len, reverse=True))
 UNIT = re.compile(rf"(.*?[\d)i°]) ?(square |sq\.? ?|cubic |平方|立方)?({NAME})s?"
-                  rf"(?:\^?\(?([23])\)?| (squared|cubed))?(?: ?(?:/|per) ?({NAME})(\^\(2\)|\^2)?)?")
+                  rf"(?:\^?\(?([23])\)?| (squared|cubed))?(?: ?(?:/|per) ?({NAME})(?:\^\(?([23])\)?)?)?")
+FACTOR = re.compile(  # before a box: "2\boxed{5}", "x < \boxed{5}"
+    r"([-+*/^<>]|[<>!]=|\b(?:at (?:least|most)|(?:less|more|greater) than)|\d|) ?[$(]*\Z")
+POWER = re.compile(  # behind a box: "\boxed{5}\pi", "\boxed{5} mm"
+    r"(?: ?(?:pi\b|sqrt ?\S+|\^ ?\S+|[*/+-] ?\S+|%|(?:hundred|thousand|million|billion|dozen)\b"
+    rf"|(?:{NAME})s?(?=\W*$|[.,;\n^])))*")
 WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
 CONSTANTS = {"pi": math.pi, "e": math.e, "inf": math.inf}
 FUNCTIONS = {"sqrt": lambda x: power(x, Fraction(1, 2)), "sin": math.sin, "cos": math.cos, "tan": math.tan,
              "ln": math.log, "log": math.log10}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: lambda a, b: power(a, b)}
-THINGS = re.compile(  # "5 apples", "1 apple", but not "5 dozens", "5 more apples", "5 fifty"
-    r"(.*\d\)?) ?((?<= )(?!(?:more|fewer|less|extra|too|percentage|and|or|of|to|per|times|plus|minus)\b)"
-    r"(?:[A-Za-z]{3,} )?(?!(?:\w*(?:hundred|thousand|illion|dozen|half|third|quarter|(?<!mon)th)|pair|ten)s?"
-    r"\b)(?!(?:times|plus|minus|less|halves|this|does|wrong|squared|cubed|factorial|past)\b)"
+THINGS = re.compile(  # "5 apples", "1 apple", but not "5 dozens", "5 million people", "5 more apples", "5 fifty"
+    r"(.*\d\)?) ?((?<= )(?!(?:more|fewer|less|extra|too|percentage|and|or|of|to|per|times|plus|minus) )"
+    r"(?!(?:[a-z]+ )?(?:\w*(?:hundred|thousand|illion|dozen|half|third|quarter|(?<!mon)th)|pair|ten)s?\b)"
+    r"(?:[A-Za-z]{3,} )?(?!(?:plus|minus|less|halves|this|does|was|wrong|squared|cubed|factorial|past)\b)"
     r"(?:[A-Za-z]{2,}s|people|men|women|children|fish|sheep|(?<=\b1 )[A-Za-z]{3,})"
-    r"|(?!次[方幂])[个只条本人岁名块种次](?:(?![半以多十百千万的错左上])[\u4e00-\u9fff]){0,4})")
+    r"|(?!次[方幂])[个只条本人岁名块种次](?:(?![半以多十百千万的错左上不吗吧])[\u4e00-\u9fff]){0,4})")
 Number = namedtuple("Number", "values unit scale decimals")  # decimals: (places, digits)
 
 def power(a, b):
@@ -409,6 +432,7 @@ def value(node, k):
 def expression(text):
     """Numbers, letters, + - * / ^, brackets, roots, named functions -> values at three points, or None."""
     source, last = "", ""
+    text = re.sub(r"(sin|cos|tan|ln|log) ?(\d*\.?\d*[a-z]|\d[\d.]*)(?![\w(])", r"\1(\2)", text)  # sin 2x
     for token in re.findall(r"\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S", text) if len(text) <= 120 else ():
         if token.isalpha() and token not in FUNCTIONS and token not in CONSTANTS:
             if len(token) > 2:
@@ -444,7 +468,7 @@ def number(text):
         text, (kind, scale) = m[1], UNITS[m[3]]
         unit, scale = kind if raised == 1 else f"{kind.rstrip('1')}{raised}", scale ** raised
         if m[6]:
-            unit, scale = f"{unit}/{UNITS[m[6]][0]}{m[7] or ''}", scale / UNITS[m[6]][1] ** (2 if m[7] else 1)
+            unit, scale = f"{unit}/{UNITS[m[6]][0]}{m[7] or ''}", scale / UNITS[m[6]][1] ** int(m[7] or 1)
         if unit == "radian":
             unit, scale = "angle", 180 / math.pi
     elif m := THINGS.fullmatch(text):
@@ -481,7 +505,7 @@ def elements(text):
             cuts.append(i)
     parts = [inner[i + 1:j].strip() for i, j in zip([-1, *cuts], [*cuts, len(inner)])]
     if not whole:  # "3, 5 and 7"
-        parts = [one for part in parts for one in re.split(" and |和", part.removeprefix("and "))]
+        parts = [one for part in parts for one in re.split(" and | to |和", part.removeprefix("and "))]
     named = [unlabel(part) for part in parts]
     if len(named) > 1 and all(name for name, _ in named) and named == sorted(named):
         return None, [value for _, value in named], None
@@ -496,6 +520,9 @@ def unlabel(text):
     left, _, right = text.rpartition("=")
     if re.fullmatch(r" ?[A-Za-z]", right) and number(left):
         return right.strip(), left.strip()  # 5 = s
+    if re.fullmatch(r"[-\d +*/^()=.,]+", left) and (x := number(left)) and (y := number(right)) and not math.isclose(
+            x.values[0], y.values[0], rel_tol=.02):
+        return "", text  # 3 + 5 = 9
     return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.,]+", left) else text
 
 def proportional(a, b):
@@ -510,6 +537,8 @@ def same(found, gold):
     """Whether two normalised answers are equal: as sets, lists, equations, values, relations or text."""
     if found == gold or len(found) > 2000:  # not worth the time
         return found == gold != ""  # an option that is a picture has no text
+    if m := re.fullmatch("([^=]*(?:pi|sqrt)[^=]*)=([^=]*)", found):  # "9 pi = 28.27"
+        found = m[1] if number(m[1]) and number(m[2]) and same(m[1], m[2]) else found
     found, gold = (re.sub("^([^±]*)±([^±]*)$", r"\1+\2 or \1-\2", text) for text in (found, gold))
     for joint in ",? or |或", "∪":
         some, others = re.split(joint, found), re.split(joint, gold)
@@ -544,31 +573,38 @@ def letter_of(found, n):
     m = re.match(r"[(\[]?([A-Z])(?:[)\].:]+|选项|项)?(?=$|\s|[^\w(=+*/^'-])(?!\.[a-z])", found) or re.fullmatch(
         r"[(\[]?([a-j])[)\]]?\.?", found)
     rest = found[m.end():] if m else ""
-    if not m or len(m[0]) == 1 and re.match(" (?!is |because |since |as |for )[a-z]", rest):
+    if not m or len(m[0]) == 1 and re.match(
+            " (?!is |because |since |as |for |by |due |in this |from |using )[a-z]", rest):
         return None, ""
     index = ascii_uppercase.index(m[1].upper())
     return index if index < n else None, rest
 
 def option_of(found, options, kind):
-    """-> (index of the option that a found answer names, or None; what the rule's name goes on with)"""
-    found = re.sub(r"^(.{1,99}?),? \(([A-J])\)$", r"\2. \1", found)  # "15 (B)"
-    index, rest = letter_of(found, len(options) or 10)
-    rest = re.sub("^ ?[-;] ", " ", rest)
+    """-> (index of the option that an answer names, or None; what the rule's name goes on with; what follows)"""
+    beside = re.fullmatch(  # "45° (B)", "45°, which is option B"
+        r"(.{1,99}?),? (?:\(?(?:which is |this is |matching |i\.e\. )?(?:option|choice) \(?([A-J])\)*|\(([A-J])\))", found)
+    if beside and any(same(clean(beside[1]), option) for option in options):
+        found = f"{beside[2] or beside[3]}. {beside[1]}"
+    found = re.sub(r"^([A-J])\((.+)\)$", r"\1. \2", found)
+    name = LEAD.sub("", found, 1) if re.match("option|choice|the ", found, re.I) else found
+    index, rest = letter_of(name, len(options) or 10)
+    rest = re.sub(r"^ ?[-;,] ?(?:i\.e\.,? |that is,? |namely )?", " ", rest)
     equal, also = ([k for k, option in enumerate(options) if option == text != ""] or
                    [k for k, option in enumerate(options) if same(text, option)]
                    for text in (clean(found), clean(rest).strip("()")))
+    others = "".join(part for part in re.split(r"(?<=[.!?\n]) ", rest) if not DENIES.search(part))
+    value = re.match(r"[ (]*\d", rest) and number(clean(rest).strip("()")) and all(map(number, options))
+    if index is not None and index not in also and (also or value and options):  # "C. 16", but there is no 16
+        return None, ", letter and text disagree", ""
     if index is not None and not also and REJECTED.match(rest):
-        return None, ", taken back"
-    other = re.match(r"[ (]*\d", rest) and number(clean(rest).strip("()")) and all(map(number, options))
-    if index is not None and index not in also and (also or other and options):  # "C. 16", but there is no 16
-        return None, ", letter and text disagree"
-    if index is not None and not also and (OTHER_LETTER.search(rest) or re.match(r"\W*\S+ or ", rest)):
-        return None, ", several letters"
+        return None, ", taken back", ""
+    if index is not None and not also and (OTHER_LETTER.search(others) or re.match(r"\W*\S+ or ", rest)):
+        return None, ", several letters", ""
     if index is not None and not (kind == "choice_text" and equal):
-        return index, ""
+        return index, "", rest
     if len({options[k] for k in equal}) == 1:  # one option, or several that read alike
-        return equal[0], ", option text"
-    return None, ", option text" if equal else ", no option"
+        return equal[0], ", option text", ""
+    return None, ", option text" if equal else ", no option", ""
 
 def first_words(reply, options, kind):
     """As extract, for a reply that begins with the words of an option, "Yes, because ...", else None."""
@@ -578,7 +614,7 @@ def first_words(reply, options, kind):
     if len(said) == 1 and reply.lower().startswith(said[0].lower()):
         rest = reply[len(said[0]):]
         later, why, _ = extract(rest.lstrip(" .,:;!"))  # nothing else may be said
-        if not (TAKEN_BACK.search(reply) or HEDGE.search(rest) or re.match("answer|two|taken", why)
+        if not (TAKEN_BACK.search(reply) or HEDGE.search(rest) or BUT.match(rest) or re.match("answer|two|taken", why)
                 or later and any(same(later, option) for option in options if option != said[0])):
             return said[0], "first words", ""
 
@@ -588,7 +624,7 @@ def last_words(reply, options):
     lead, _, tail = reply.rpartition(last or "\n")
     items = (re.sub(r"^\W*(?:\d\d?|[A-J])[.)] ", "", item) for item in re.split("[\n,]", lead[-2000:]))
     if last in options and not {clean(item.strip("#* ")) for item in items} & {*options} - {last}:  # no list
-        denied = r"\b(?:not|n't|wrong|incorrect|if|or|too|assume|suppose)\b[^.!\n]{0,80}$"  # "It is not\n15"
+        denied = r"\b(?:not|n't|wrong|incorrect|mistake|exclud\w+|eliminated|fail|given|if|or|too|assume|suppose)\b[^.!\n]{0,80}$"  # "It is not\n15"
         lead = lead.strip("\n *") or "."
         if lead[-1] in ".!:,。0123456789" and not (re.search(denied, lead, re.I) or REJECTED.match(tail)):
             return last
@@ -620,15 +656,23 @@ def score_answer(reply, gold, kind, choices=None):
     if len(letters) > 1:  # two shipped golds: both have to be said, and no other
         return Score(OTHER_LETTER.findall(found) == letters, found, rule)
     if letters or kind == "choice_text":
-        index, why = option_of(found, options, kind)
-        later = extract(behind.lstrip(" .,:;!)"), options=options)[0] if index is not None else None
-        if later and option_of(later, options, kind)[0] not in (None, index):  # "B ... so the angle is 60°"
+        index, why, rest = option_of(found, options, kind)
+        rest = re.sub(r"^[ .,:;!)}(]*(?:i\.e\.,? )?", "", rest + behind)
+        later = extract(rest, options=options)[0] if index is not None else None
+        named = re.match(r"(?:[^.\n]{0,60}[(,] ?)?(?:option|choice) \(?([A-J])\b", rest)  # "15 (option C is it)"
+        if later and option_of(later, options, kind)[0] not in (None, index) or (
+                named and named[1] != ascii_uppercase[index or 0]):  # "B ... so the angle is 60°"
             index, why = None, ", letter and text disagree"
         if index is None or (not letters and index >= len(options)):
             return Score(False, found, rule + why)
         match = index == ascii_uppercase.index(letters[0]) if letters else options[index] == gold or (
             gold not in options and same(options[index], gold))
         return Score(match, found, rule + why)
+    last = SENTENCE.split(behind.strip())[-1]  # "The answer is 5. However, it is 6."
+    if re.match(r"\W*(?:so|therefore|thus|hence|however|but|no|in total)\b", last, re.I):
+        later = number(unlabel(extract(last)[0] or "")[1])
+        if later and number(unlabel(found)[1]) and not same_number(later, number(unlabel(found)[1])):
+            return Score(False, None, "two answers stated")
     if kind == "list":
         return Score(same_list(elements(unlabel(found)[1])[1], elements(gold)[1]), found, rule)
     x, y = number(unlabel(found)[1]), number(unlabel(gold)[1])

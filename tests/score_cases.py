@@ -1132,7 +1132,7 @@ CASES = [
     ("The domain is all real numbers.", "all real numbers", "free", None, True, "states it"),
     ("The domain is not all real numbers.", "all real numbers", "free", None, False, "does not state it"),
     ("Bugs Bunny and Daffy Duck", "Bugs Bunny", "free", None, False, "does not state it"),
-    ("It's Bugs Bunny!", "Bugs Bunny", "free", None, False, "does not state it"),
+    ("It's Bugs Bunny!", "Bugs Bunny", "free", None, True, "states it"),
     ("The answer is \"Bugs Bunny\".", "Bugs Bunny", "free", None, True, "states it"),
     ("Based on the figure, f is even.", "even", "free", None, True, "states it"),
     ("undefined", "undefined", "free", None, True, "states it"),
