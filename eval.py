@@ -77,14 +77,15 @@ Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text 
 SPELLING = [line.split() for line in (  # the last one of a line replaces the others
     "Â° 掳 º ˚ ^{\\circ} ^\\circ ^{°} ^° \\circ ^{\\degree} ^\\degree \\degree °", "× \\times \\cdot · ⋅ *",
     "÷ \\div /", "√ sqrt", "∞ \\infty inf", "− – — -", "\\leqslant \\leq ⩽ ≤ ≦ <=", "\\cup ∪", "\\pm ±",
-    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ =/= =\\= !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠", "\\Omega Ω",
-    "\\{ {", "\\} }", "\\% %")]
+    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ =/= =\\= !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠",
+    "\\Omega Ω", "\\{ {", "\\} }", "\\% %")]
 LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out, a level a turn
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}", r"\1"),
     (r"\^\{([^{}]*)\}", r"^(\1)"), (r"\\[dtc]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\[dtc]?frac\s?(\d)\s?(\d)", r"(\1/\2)"), (r"\\?sqrt\s?\{([^{}]*)\}", r" sqrt(\1)"),
     (r"\\sqrt\s?\[(\d)\]\s?\{([^{}]*)\}", r"((\2)^(1/\1))"), (r"\\(sqrt|sin|cos|tan|ln|log|pi)", r" \1 "),
-    (r"\\Rightarrow|\\implies|⇒|⟹|∴", ", so "), (r"π", " pi "), (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
+    (r"\\Rightarrow|\\implies|⇒|⟹|∴", ", so "), (r"π", " pi "),
+    (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
 
 def normalise(text):
     """One spelling for one thing: Unicode forms, signs, LaTeX. -> str.  Linear in the length of the text."""
@@ -127,78 +128,89 @@ PHRASES = any_of(  # said in words; the group is the answer and what follows it
     rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
     r"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)?"
     rf" (?!\w (?:as|so that|to)\b|\d+ [a-z]|\w ?=|one|two|three|any){REST}",
-    rf"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option(?: letter)?|choice|therefore|thus|hence|final|conclusion)[:,]?)"
-    rf" {LETTER}(?=[.!]?$)", rf"(?:对应|即)选项\s?{LETTER}",  # "... = 5. Option B."
+    r"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option(?: letter)?|choice|therefore|thus|hence|final"
+    rf"|conclusion)[:,]?) {LETTER}(?=[.!]?$)", rf"(?:对应|即)选项\s?{LETTER}",  # "... = 5. Option B."
     rf"(?:\b(?:option|choice|solution|result|letter)|选项)\s?:\s?{LETTER}(?=\W|$)",
     rf"\b(?:option|choice) {LETTER} (?:fits|matches)\b",
     rf"(?:选项|\b){LETTER}\s?(?:选项)?是?正确(?!吗)",
-    rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|only|option|choice))\s?{LETTER} (?:is|would be|must be)"
-    r" (?:the )?(?:answer\b|correct|best|true|right(?: answer| option| choice| one|[.,!]))")  # "B is correct"
-CANNOT = r"\b(?:cannot|can't|unable to|not able to) "
-PICTURE = "(?:image|picture|figure|diagram)s?"
-BLIND = any_of(  # anywhere in a reply
-    r"\b(?:cannot|can't|unable to|not able to|don't|do not) (?:actually )?(?:see|view|access|have access to)"
-    rf" (?:(?:the|an?|any|this|your) )?{PICTURE}", rf"\bwithout (?:seeing |access to )?(?:the|an?) {PICTURE}",
-    r"\b(?:not enough|need more|without more) information|信息不足|图片缺失", rf"please provide the {PICTURE}",
-    rf"\bthere is no {PICTURE}|\bno {PICTURE} (?:(?:is|was|has been) )?(?:provided|attached|given|shown|visible)",
-    rf"\b{PICTURE} (?:is|was|isn't|wasn't) (?:not )?(?:missing|illegible|(?:too )?blurry|unclear|(?<=n't |not )"
-    r"(?:shown|provided|visible|available|attached|clear))", "(?:看不|无法(?:看|查看|读))(?:到|见|清|取)?|没有图")
-DOUBT = (  # words of one who does not know
-    r"可能|也许|大概|不确定|无法(?:确定|判断)|我?猜|随便|估计|或许|似乎|好像|看起来|\b(?:might|maybe|perhaps|probably|possibly|presumably|tentatively|apparently"
-    r"|arguably|supposedly|unsure|uncertain|guess(?:ing)?|suspect|hunch|intuition|plausible|chances|odds are|bet"
-    r"|may (?:also )?be|could be|don't know|no idea|hard to (?:say|tell)|depends|shot in the dark|in theory"
-    r"|(?:rough|just an) estimate|unless|insufficient|presume|lean(?:ing)?|low confidence|depending on|could also|please (?:double|verify|check)|if i(?:'m| am)|(?:not|n't) (?:have )?enough information"
-    r"|not (?:\w+ )?(?:sure|certain|confident))\b|" + CANNOT + r"(?:see|view|read|answer|solve|verify|tell|say|determine"
-    r"|be (?:sure|certain))\b|(?:^|[.;\n]) ?otherwise\b|\b(?:another|the other) (?:possible )?(?:solution|root|answer"
-    r"|value) ?(?:is|=|:|x)|[.!?\n] ?also (?:\S+ ?=|-?\d)|\balso (?:correct|right|true)|\bboth \S+ and \S+ (?:work|are|is|fit)"
-    r"|,? (?:and so on|etc)\b|, ?\.\.")
-HEDGE = any_of(  # in the sentence of an answer
-    DOUBT, r"\b(?:likely|seems?|looks? like|appears?|either(?! [^.]*\bnor\b|[.,]))\b|" + CANNOT + "be determined?")
-DOUBT = any_of(DOUBT)  # and also behind it
+    rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|only|option|choice))\s?{LETTER}"
+    r" (?:is|would be|must be) (?:the )?(?:answer\b|correct|best|true"  # "B is correct"
+    r"|right(?: answer| option| choice| one|[.,!]))")
+# What takes an answer away.  A list: phrases between semicolons, as regular expressions.
+phrases = lambda text: r"\b(?:" + "|".join(part.strip() for part in text.split(";")) + r")\b"
+CANNOT, PICTURE = "(?:cannot|can't|unable to|not able to)", "(?:image|picture|figure|diagram)s?"
+SHOWN = "(?:shown|given|provided|visible|available|attached|clear)"
+BLIND = any_of("(?:看不|无法(?:看|查看|读))(?:到|见|清|取)?|没有图|信息不足|图片缺失", phrases(rf"""
+   
+    (?:{CANNOT}|don't|do not) (?:actually )?(?:see|view|(?:have )?access(?: to)?) (?:(?:the|any?) )?{PICTURE};
+    without (?:seeing |access to )?(?:the|an?) {PICTURE}; there is no {PICTURE};
+    please provide the {PICTURE}; (?:not enough|need more|without more) information;
+    no {PICTURE} (?:(?:is|was|has been) )?{SHOWN}; {PICTURE} (?:(?:is|was) not|isn't|wasn't) {SHOWN};
+    {PICTURE} (?:is|was) (?:too )?(?:missing|illegible|blurry)"""))  # anywhere in a reply
+DOUBT = "|".join((phrases(rf"""
+    might; maybe; perhaps; probably; possibly; presumably; presume; tentatively; apparently; arguably;
+    supposedly; unsure; uncertain; guess(?:ing)?; suspect; hunch; intuition; plausible; chances; odds are;
+    bet; unless; depends; may (?:also )?be; could (?:also )?be; don't know; no idea; hard to (?:say|tell);
+    shot in the dark; in theory; (?:rough|just an) estimate; insufficient; lean(?:ing)?; low confidence;
+    depending on; if i(?:'m| am); please (?:double|verify|check); not (?:\w+ )?(?:sure|certain|confident);
+    also (?:correct|right|true);
+    {CANNOT} (?:see|view|read|answer|solve|verify|tell|say|determine|be sure|be certain); and so on; etc;
+    both \S+ and \S+ (?:work|are|fit)"""), r"n't have enough information|, ?\.\.|(?:^|[.;\n]) ?otherwise\b",
+    r"\b(?:another|the other) (?:possible )?(?:solution|root|answer|value) ?(?:is|=|:|x)",
+    r"[.!?\n] ?also (?:\S+ ?=|-?\d)", "可能|也许|大概|不确定|无法(?:确定|判断)|我?猜|随便|估计|或许|似乎|好像|看起来"))
+HEDGE = any_of(DOUBT, phrases(  # in the sentence of an answer
+    rf"likely; seems?; looks? like; appears?; {CANNOT} be determined?; either(?! [^.]*\bnor\b|[.,])"))
+DOUBT = any_of(DOUBT)  # and behind it
 WRONG = (  # said of what stands before it
     r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a |the )?(?:wrong|incorrect|mistaken?|false)"
     r"|(?:not|n't|'t) (?:be |look |seem )?(?:right|correct|true))|contradicts")
-TAKEN_BACK = any_of(  # all that stands before is withdrawn: "B. Wait, C."
-    r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?(?:wait|actually|correction|scratch that|sorry|on reflection|my mistake"
-    r"|on second thought|i meant?|hold on|oops|hmm|(?:my )?apologies|strike that|or rather|(?:edit|updated?)(?=:)"
-    r"|correcting|on the contrary|better said|never mind|not quite|looking closer|i forgot|(?:let me|i need to) (?:revise|correct)|(?:up)?on (?:further )?(?:review|rechecking)"
-    r"|(?:let me )?(?:re-?check(?:ing)?|recalculate|recompute|reconsider|redo)|(?:i|we) (?:misread|apologize"
-    r"|made an? (?:error|mistake)))\b",
-    r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)", "等等|稍等|不对|更正|错了|不正确(?!的)|重新计算|抱歉|。不,",
-    rf"(?:^|[.!?\n}}>] ?|, ?but |\bthat )(?:(?:but|however|no),? )?(?:this|that|it) ?(?:{WRONG})\b(?! that)")
+TAKEN_BACK = any_of(r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?" + phrases(r"""
+    wait; actually; correction; correcting; scratch that; strike that; sorry; hmm; oops; hold on; never mind;
+    on reflection; on second thought; (?:up)?on (?:further )?(?:review|rechecking); looking closer;
+    not quite; i meant?; i forgot; my mistake; (?:my )?apologies;
+    (?:i|we) (?:misread|apologize|made an? (?:error|mistake)); on the contrary; or rather; better said;
+    (?:edit|updated?)(?=:); (?:let me|i need to) (?:revise|correct);
+    (?:let me )?(?:re-?check(?:ing)?|recalculate|recompute|reconsider|redo)"""),
+    rf"(?:^|[.!?\n}}>] ?|, ?but |\bthat )(?:(?:but|however|no),? )?(?:this|that|it) ?(?:{WRONG})\b(?! that)",
+    r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)",
+    "等等|稍等|不对|更正|错了|不正确(?!的)|重新计算|抱歉|。不,")  # all that stands before is withdrawn
 REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no", "15, which does not fit"
     r"\W{0,9}(?:(?![A-J]\b)[^\s,]{1,40},? )?(?:(?:which|that|but it|but this) )?(?:" + WRONG +
     r"|(?:is|are|was|can)(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous"
     r"|too \w+)|(?:is|can|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match"
     r"|satisfy))\b",
-    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true|valid)|(?:this|that|the) \w+ is (?:rejected|not)|no(?=\W{0,9}$))\b",
-    r"\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)|\W{0,9}\(?too (?:small|large|big)\b")
-DENIED = any_of(  # before a value, in its sentence: "none of these is 15", "we reject x = 5"
-    r"\b(?:none|nothing|no way|hardly|rarely|impossible|undefined|fails? to|except|otherwise|unless"
-    r"|originally|possibility|mistake|(?:false|wrong|incorrect) that)\b|\b(?:choose|pick|consider|try) \w ?$"
-    r"|\b(?:exclud|reject|discard|extraneous|substitut|plug|setting|testing|to (?:prove|show))|\bbound\b"
-    r"|\b(?:one|a) (?:possible )?(?:solution|root|value)\b|\bpossible value\b(?!s)|for example|e\.g\.|^\W*where\b"
-    r"|\b(?:half|twice|double|third|quarter|square|%|\d) (?:of )?[a-z] ?$|[a-z] (?:plus|minus|times) \S+ ?$"
-    r"|\bno (?!longer\b|need\b)\w+ (?:of|has|is|are|equals?|fits?|x|that)\b"
-    r"|\b(?:wrong|incorrect|false|rough|old|first|initial|naive) (?:answer|option|choice|value|estimate)")
+    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true|valid)|too \w+"
+    r"|(?:this|that|the) \w+ is (?:rejected|not)|no(?=\W{0,9}$))\b|\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)")
+DENIED = any_of(phrases(r"""
+    none; nothing; no way; hardly; rarely; impossible; undefined; fails? to; except; otherwise; unless;
+    originally; possibility; mistake; (?:false|wrong|incorrect) that;
+    (?:exclud|reject|discard|substitut|plug)\w*; extraneous; setting; testing; to (?:prove|show); bound;
+    (?:one|a) (?:possible )?(?:solution|root|value); possible value; for example;
+    no (?!longer\b|need\b)\w+ (?:of|has|is|are|equals?|fits?|x|that);
+    (?:wrong|incorrect|false|rough|old|first|initial|naive) (?:answer|option|choice|value|estimate)"""),
+    r"e\.g\.|^\W*where\b|\b(?:choose|pick|consider|try) \w ?$|[a-z] (?:plus|minus|times) \S+ ?$",
+    r"\b(?:half|twice|double|third|quarter|square|%|\d) (?:of )?[a-z] ?$")  # before a value
 SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states nothing
     r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)[^,]*$",
     r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
-    r"(?:n't|\bnot(?! hard| diff)|\bno(?! doubt| need)|\b(?:never|nothing|impossible|unlikely|false|unless"
-    r"|otherwise|example)|\bis possible|(?<!no )\bdoubt|\b(?:claim|argue|suggest|disagree|deny|reject|pretend|imagine|(?<!\bi )(?<!\bwe )(?:think"
-    r"|believe|say|wrote))s?|tempting|misconception|myth|mistake|wrong|you'd)\b"
-    r"(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
-    r"(?:\b(?:never|can|incorrect|wrong|tempting|naive|first|initial|earlier|previous|common|other|one|his|her|their"
-    r"|your)|(?<!only )\bpossible|(?<!\blet)(?<!\bit)'s) ?$",
-    r"\b(?:students|people|many) (?:often|may|would) ?$|(?:e\.g\.|for example|in the form)[^.]*$",
-    r"\b(?:wrong|incorrect) \w+ (?:is|was|would be) ?$",
-    r"\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
+    "(?:n't|" + phrases(r"""
+    not(?! hard| diff); no(?! doubt| need); never; nothing; impossible; unlikely; is possible; false; wrong;
+    mistake; unless; otherwise; example; (?<!no )doubt;
+    (?:claim|argue|suggest|disagree|deny|reject|pretend|imagine)s?;
+    (?<!\bi )(?<!\bwe )(?:think|believe|say|wrote)s?; tempting; misconception; myth; you'd""") +
+    r")(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
+    phrases(r"""
+    never; can; incorrect; wrong; tempting; naive; first; initial; earlier; previous; common; other; one;
+    his; her; their; your; (?<!only )possible; (?:students|people|many) (?:often|may|would)""") + " ?$",
+    r"[a-z](?<!\blet)(?<!\bit)'s ?$|\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
+    r"\b(?:wrong|incorrect) \w+ (?:is|was|would be) ?$|(?:e\.g\.|for example|in the form)[^.]*$",
     r"(?:不|没|无法|误|错|同学|学生|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
 NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
-IS = (  # what an answer stands behind in a last sentence
-    r"\b(?:is|are|be|was|equals|ha[sv]e?(?: an? \w+ of)?|comes? to|amounts? to|totals|needs?|costs?|weighs?"
-    r"|measures?|contains?|takes?|leaves?|pays?|holds?|covers?|covered|spends?|earns?|(?:[Tt]his|which) gives?(?: us)?|get|matches"
-    r"|corresponds? to|(?:[Ii]t|[Tt]hat)'s)\b(?: at(?= \())?|等于|为|是|共有?|还?剩下?|需要")
+IS = phrases("""
+    is; are; be; was; equals; ha[sv]e?(?: an? \\w+ of)?; comes? to; amounts? to; totals; needs?; costs?;
+    weighs?; measures?; contains?; takes?; leaves?; pays?; holds?; covers?; covered; spends?; earns?; get;
+    matches; corresponds? to; (?:[Tt]his|which) gives?(?: us)?; (?:[Ii]t|[Tt]hat)'s""") + (
+    r"(?: at(?= \())?|等于|为|是|共有?|还?剩下?|需要")  # what an answer stands behind in a last sentence
 COPULA = re.compile(rf"(?<![<>!])=|{IS}")
 EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y = 0"
     rf"(?:{IS}) ?((?!.*[a-z]{{2}})[^=]+=[^=]+)$"
@@ -206,13 +218,15 @@ EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y
 SENTENCE = re.compile(  # its end; not the dot of a point's name or of "i.e."
     r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
 END = re.compile("|".join((  # where a candidate ends
-    r"(?<=[^A-Z.])\.(?=\s|$)|。", r"(?<=\d): (?=.*=)|,? \(?(?:rounded|correct to|to (?:the nearest|\w+ decimal))",
-    r" \((?=(?:or|approx\w*|about|roughly|=) )",
+    r"(?<=[^A-Z.])\.(?=\s|$)|。", r"(?<=\d): (?=.*=)", r" \((?=(?:or|approx\w*|about|roughly|=) )",
+    r",? \(?(?:rounded|correct to|to (?:the nearest|\w+ decimal))",
     r",? (?:because|since|so that|which|where)\b|,? (?:i\.e\.|因为)",  # "5, because ..."
-    r", (?:so(?![^=\n]{0,80}=)|as(?! well)|not|and (?:so|thus|hence|therefore|it|this|that|the|we|not)) | and not ",
+    r", (?:so(?![^=\n]{0,80}=)|as(?! well)|not|and (?:so|thus|hence|therefore|it|this|that|the|we|not)) ",
+    " and not ",
     r"\s?\([^()]{0,80}[a-z]{2} [a-z]{2}[^()]{0,80}\)$")))  # "5 (the sum of both)"
-LEAD = any_of(r"(?:(?:therefore|thus|so|hence|then|approximately|about|roughly|exactly|equivalently|equal to|option"
-              r"|choice|letter|clearly|indeed|simply|(?:a )?total of|from|between|the),?\s+)+", r"选项\s?")
+LEAD = any_of(
+    r"(?:(?:therefore|thus|so|hence|then|approximately|about|roughly|exactly|equivalently|equal to|option"
+    r"|choice|letter|clearly|indeed|simply|(?:a )?total of|from|between|the),?\s+)+", r"选项\s?")
 TAIL = re.compile(
     r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
 GIVEN = re.compile("(?:given|since|as|because|if|when|with|for) ", re.I)
@@ -252,7 +266,7 @@ def extract(reply, equations=False, options=()):
         return found
     if doubted(reply[-300:], HEDGE, options):
         return None, "hedged", ""
-    if PHRASES.search("".join(lines[-1:])):
+    if PHRASES.search("".join(lines[-1:])[-2000:]):
         return None, "negated or supposed", ""
     found = lines and (short_line(reply, lines) or last_sentence(reply, lines[-1], equations))
     return found or (None, "nothing found", "")
@@ -281,7 +295,8 @@ def answer_mark(reply, options):
         if other and other != text and middle < start and BOTH.fullmatch(reply[middle:start][:100]):
             return None, "two answers marked", ""
         head = re.split(r"(?<=[.!?\n])\s", reply[max(0, start - 90):start])[-1]  # "It is not \boxed{5}"
-        if SUPPOSED.search(head) or re.match(r"\W{0,3}\?", reply[end:]) or doubted(head, HEDGE, options) or doubted(reply[end:], DOUBT, options):
+        if SUPPOSED.search(head) or re.match(r"\W{0,3}\?", reply[end:]) or (
+                doubted(head, HEDGE, options) or doubted(reply[end:], DOUBT, options)):
             return None, "hedged", ""
         later = (answer_phrase(reply[end:], options) or [None])[0]
         if later and bool(LABEL.match(later)) == bool(LABEL.match(text)) and not (
@@ -346,18 +361,22 @@ def last_sentence(reply, line, equations):
             m := EQUATION.search(last.rstrip(". ")[-200:])):
         text, before = m[1] or m[2], before[:1]
     given = "=".join(before)[-300:]
-    claim = re.split(r"\b(?:so|thus|hence|therefore|then|obtain|gives?|get)\b|; since [^,]*,", given, flags=re.I)[-1]
+    claim = re.split(r"(?i)\b(?:so|thus|hence|therefore|then|obtain|gives?|get)\b|; since [^,]*,", given)[-1]
     if re.match(r"\W*(?:since|as|because|given|\w+ing) ", claim, re.I):
         claim = claim.partition(",")[2] or claim
-    side = re.split("[A-Za-z]{3,}|[,:;]", claim.partition("=")[0])[-1]  # "So 2x = 10" does not say that x is 10
-    term = stem.removesuffix(text).endswith("=") and "lim" not in claim and re.search("[A-Za-z]", re.sub("pi|sqrt", "", side)) and (
-        re.search(r"(?<![\w_(∠])\d|/\(?\d|\^|\||^\s*-[A-Za-z]", side))
     several = len(before) > 1 and not GIVEN.match(last) and ANOTHER.search(before[-1][-200:])
     cut = others and re.search(r"\w$", last)  # the reply ends within a sentence
-    denied = NOT.search(claim) or DENIED.search(claim) or NOT.match(text.strip())
+    denied = NOT.search(claim) or DENIED.search(claim) or NOT.match(text.strip()) or SUPPOSED.search(given)
+    other = re.search("[<>]", claim) or stem.removesuffix(text).endswith("=") and unsolved(claim)
     if len(text) <= 60 and text.strip() != "a" and not (
-            term or several or cut or denied or "<" in claim or ">" in claim or SUPPOSED.search(given) or last.endswith("?")):
+            several or cut or denied or other or last.endswith("?")):
         return stated(reply, clean(text), "last sentence", reply.rfind(text))
+
+def unsolved(claim):
+    """Whether a text ends in more than a name: "So 2x", "x + 1", "AB^2"; then "= 10" does not say x."""
+    side = re.split("[A-Za-z]{3,}|[,:;]", claim.partition("=")[0])[-1]
+    return "lim" not in claim and re.search("[A-Za-z]", re.sub("pi|sqrt", "", side)) and (
+        re.search(r"(?<![\w_(∠])\d|/\(?\d|\^|\||^\s*-[A-Za-z]", side))
 
 def bare_value(line):
     """The letter or value of a line that is no more than that, else None."""
@@ -370,14 +389,15 @@ def bare_value(line):
 # Units: what they measure (a power of a length, ...) and how many of the first of its kind they are.
 UNITS = {name: (kind, Fraction(amount)) for kind, group in (
     ("length1", "m meter metre 米 1 km kilometer kilometre 千米 1000 dm decimeter 分米 1/10 cm centimeter "
-     "centimetre 厘米 1/100 nm 1/1000000000 mm millimeter millimetre 毫米 1/1000 inch inche 127/5000 ft foot feet 381/1250 "
-     "mile 201168/125"),
+     "centimetre 厘米 1/100 nm 1/1000000000 mm millimeter millimetre 毫米 1/1000 inch inche 127/5000 "
+     "ft foot feet 381/1250 mile 201168/125"),
     ("length3", "L l liter litre Litre 升 1/1000 mL ml milliliter millilitre 毫升 1/1000000"),
     ("money", "dollar 美元 1 cent 1/100"), ("year", "year 年 1"), ("yuan", "元 1"),
     ("mass", "g gram 克 1 kg kilogram 千克 1000 mg milligram 1/1000 t ton tonne 吨 1000000"),
     ("time", "s sec second 秒 1 min minute 分钟 60 h hr hour 小时 3600 day 天 86400 week 604800"),
     ("angle", "° deg degree 度 1"), ("percent", "% percent 1"),
-    ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("small energy", "eV 1"), ("temperature", "K kelvin 1"), ("force", "N 1 kN 1000"),
+    ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("small energy", "eV 1"),
+    ("temperature", "K kelvin 1"), ("force", "N 1 kN 1000"),
     ("voltage", "V volt 1"), ("power", "W watt 1 kW 1000"), ("amount", "mol 1"),
     ("current", "A ampere amp 1"), ("resistance", "Ω ohm 1"), ("frequency", "Hz hertz 1"),
     ("pressure", "Pa pascal 1 kPa 1000"))
@@ -397,7 +417,7 @@ FUNCTIONS = {"sqrt": lambda x: power(x, Fraction(1, 2)), "sin": math.sin, "cos":
              "ln": math.log, "log": math.log10}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: lambda a, b: power(a, b)}
-THINGS = re.compile(  # "5 apples", "1 apple", but not "5 dozens", "5 million people", "5 more apples", "5 fifty"
+THINGS = re.compile(  # "5 apples", "1 apple", but not "5 dozens", "5 million people", "5 more apples"
     r"(.*\d\)?) ?((?<= )(?!(?:more|fewer|less|extra|too|percentage|and|or|of|to|per|times|plus|minus) )"
     r"(?!(?:[a-z]+ )?(?:\w*(?:hundred|thousand|illion|dozen|half|third|quarter|(?<!mon)th)|pair|ten)s?\b)"
     r"(?:[A-Za-z]{3,} )?(?!(?:plus|minus|less|halves|this|does|was|wrong|squared|cubed|factorial|past)\b)"
@@ -520,10 +540,11 @@ def unlabel(text):
     left, _, right = text.rpartition("=")
     if re.fullmatch(r" ?[A-Za-z]", right) and number(left):
         return right.strip(), left.strip()  # 5 = s
-    if re.fullmatch(r"[-\d +*/^()=.,]+", left) and (x := number(left)) and (y := number(right)) and not math.isclose(
-            x.values[0], y.values[0], rel_tol=.02):
-        return "", text  # 3 + 5 = 9
-    return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.,]+", left) else text
+    if not re.fullmatch(r"[-\d +*/^()=.,]+", left):
+        return "", text
+    x, y = number(left), number(right)  # "3 + 5 = 9" stays whole
+    agree = not (x and y) or math.isclose(x.values[0], y.values[0], rel_tol=.02)
+    return "", right.strip() if agree else text
 
 def proportional(a, b):
     """Two equations say the same: the differences of their sides are equal up to a factor that is not 0."""
@@ -580,9 +601,9 @@ def letter_of(found, n):
     return index if index < n else None, rest
 
 def option_of(found, options, kind):
-    """-> (index of the option that an answer names, or None; what the rule's name goes on with; what follows)"""
+    """-> (index of the option that an answer names, or None; what the rule's name goes on with; the rest)"""
     beside = re.fullmatch(  # "45° (B)", "45°, which is option B"
-        r"(.{1,99}?),? (?:\(?(?:which is |this is |matching |i\.e\. )?(?:option|choice) \(?([A-J])\)*|\(([A-J])\))", found)
+        r"(.{1,99}?),? (?:\(?(?:\w+ (?:is )?)?(?:option|choice) \(?([A-J])\)*|\(([A-J])\))", found)
     if beside and any(same(clean(beside[1]), option) for option in options):
         found = f"{beside[2] or beside[3]}. {beside[1]}"
     found = re.sub(r"^([A-J])\((.+)\)$", r"\1. \2", found)
@@ -614,8 +635,9 @@ def first_words(reply, options, kind):
     if len(said) == 1 and reply.lower().startswith(said[0].lower()):
         rest = reply[len(said[0]):]
         later, why, _ = extract(rest.lstrip(" .,:;!"))  # nothing else may be said
-        if not (TAKEN_BACK.search(reply) or HEDGE.search(rest) or BUT.match(rest) or re.match("answer|two|taken", why)
-                or later and any(same(later, option) for option in options if option != said[0])):
+        another = later and any(same(later, option) for option in options if option != said[0])
+        if not (another or TAKEN_BACK.search(reply) or HEDGE.search(rest) or BUT.match(rest)
+                or re.match("answer|two|taken", why)):
             return said[0], "first words", ""
 
 def last_words(reply, options):
@@ -624,7 +646,8 @@ def last_words(reply, options):
     lead, _, tail = reply.rpartition(last or "\n")
     items = (re.sub(r"^\W*(?:\d\d?|[A-J])[.)] ", "", item) for item in re.split("[\n,]", lead[-2000:]))
     if last in options and not {clean(item.strip("#* ")) for item in items} & {*options} - {last}:  # no list
-        denied = r"\b(?:not|n't|wrong|incorrect|mistake|exclud\w+|eliminated|fail|given|if|or|too|assume|suppose)\b[^.!\n]{0,80}$"  # "It is not\n15"
+        denied = phrases("not; wrong; incorrect; mistake; excluded; eliminated; fail; given; if; or; too;"
+                         "assume; suppose") + r"[^.!\n]{0,80}$|n't\b[^.!\n]{0,80}$"  # "It is not\n15"
         lead = lead.strip("\n *") or "."
         if lead[-1] in ".!:,。0123456789" and not (re.search(denied, lead, re.I) or REJECTED.match(tail)):
             return last
@@ -659,7 +682,7 @@ def score_answer(reply, gold, kind, choices=None):
         index, why, rest = option_of(found, options, kind)
         rest = re.sub(r"^[ .,:;!)}(]*(?:i\.e\.,? )?", "", rest + behind)
         later = extract(rest, options=options)[0] if index is not None else None
-        named = re.match(r"(?:[^.\n]{0,60}[(,] ?)?(?:option|choice) \(?([A-J])\b", rest)  # "15 (option C is it)"
+        named = re.match(r"(?:[^.\n]{0,60}[(,] ?)?(?:option|choice) \(?([A-J])\b", rest)  # "15 (option C)"
         if later and option_of(later, options, kind)[0] not in (None, index) or (
                 named and named[1] != ascii_uppercase[index or 0]):  # "B ... so the angle is 60°"
             index, why = None, ", letter and text disagree"
