@@ -49,6 +49,12 @@ ACUTE = ["30°", "45°", "60°", "75°"]
 YESNO = ["yes", "no"]
 SIDES = ["10 cm", "12 cm", "24 cm", "48 cm"]
 LINEPAIR = ["parallel", "perpendicular", "intersecting", "coincident"]
+FOUR = ["square", "rectangle", "rhombus", "trapezoid"]
+TREND = ["increasing", "decreasing", "constant"]
+SIGN = ["positive", "negative", "zero"]
+CHANCE = ["less likely", "more likely", "equally likely", "impossible"]
+UNKNOWN = ["10", "12", "14", "Cannot be determined"]
+COLOURS = ["red", "blue", "green", "yellow"]
 
 CASES = [
     # ---- choice: where the letter stands, plain and marked up
@@ -1553,3 +1559,465 @@ CASES = [
     ("a" + "\u0301" * 25000 + "\u0316" * 25000, "5", "free", None, False, "accents only"),
     ("#### " + " or ".join(f"{k}/{k}*5" for k in range(1, 6900)), "5", "free", None, False, "too many"),
 ]
+
+# Many ways to say the same: why, verdict, gold, kind, choices, replies.  Found by reading the code with the
+# intent to deceive it, or to have a right reply refused.
+WORDING = [
+    ("denied or supposed before a phrase", False, "B", "choice", ABCD, [
+        "The incorrect answer is B.", "It is not true that the answer is B.",
+        "It is impossible that the answer is B.", "It is possible that the answer is B.",
+        "My first answer was B.", "My first answer is B.", "Nothing suggests that the answer is B.",
+        "I doubt the answer is B.", "There is no chance that the answer is B.",
+        "Some claim that the answer is B.", "It is unlikely that the answer is B.",
+        "One might argue that the answer is B."]),
+    ("only in a case", False, "C", "choice", ABCD, [
+        "If the triangle is isosceles, the answer is B. Otherwise the answer is C.",
+        "If the triangle is isosceles, the answer is B. Otherwise, the answer is C."]),
+    ("only in a case", False, "B", "choice", ABCD, ["Unless the figure is wrong, the answer is B."]),
+    ("not the replier's own final answer", False, "B", "choice", ABCD, [
+        "One possible answer is B.", "The naive answer is 15.", "The wrong answer is B.",
+        "A common wrong answer is B."]),
+    ("not the replier's own final answer", False, "5", "integer", None, [
+        "His answer is 5.", "Tom's answer is 5."]),
+    ("denied or supposed before a phrase", False, "10", "integer", None, ["Twice the answer is 10."]),
+    ("denied or supposed before a phrase", False, "25", "integer", None, ["The square of the answer is 25."]),
+    ("denied or supposed before a phrase", False, "5", "integer", None, ["Half the answer is 5."]),
+    ("a value that is rejected", False, "5", "free", None, [
+        "We reject x = 5.", "The function is undefined at x = 5", "The function is undefined at x = 5.",
+        "The extraneous root is x = 5", "The extraneous root is x = 5.", "x = 5 is extraneous."]),
+    ("denied in a last sentence", False, "B", "choice", ABCD, [
+        "No option equals 15.", "None of these is 15.", "One possibility is 15.",
+        "Otherwise the length is 15.", "The usual mistake is 15."]),
+    ("denied in a last sentence", False, "5", "free", None, [
+        "It is false that x is 5.", "It is false that x = 5.", "There is no way x is 5.",
+        "It is impossible that x = 5.", "No triangle has an angle of 5", "It will hardly be 5.",
+        "It fails to be 5.", "The domain is all reals except x = 5.", "We discard x = 5.",
+        "We exclude x = 5."]),
+    ("denied in a last sentence", False, "15", "integer", None, [
+        "A rough estimate is 15.", "My guess is 15", "The wrong value is 15."]),
+    ("denied in a last sentence", False, "5", "integer", None, [
+        "Originally it was 5.", "The old value was 5."]),
+    ("doubt or another answer behind a mark", False, "C", "choice", ABCD, [
+        "\\boxed{C} or D", "\\boxed{C} is wrong", "\\boxed{C} is wrong."]),
+    ("doubt or another answer behind a mark", False, "5", "integer", None, [
+        "\\boxed{5} I am not sure.", "\\boxed{5}. I am not sure.", "\\boxed{5} cm or \\boxed{6} cm",
+        "<answer>5</answer> or <answer>6</answer>", "\\boxed{5} or 6", "\\boxed{5} (or 6)",
+        "\\boxed{5} is not the answer.", "\\boxed{5} is incorrect.", "\\boxed{5} does not fit.",
+        "Either \\boxed{5} or 6", "\\boxed{5}? I am not sure.", "\\boxed{5} That's wrong.",
+        "\\boxed{5} No, it is 6.", "\\boxed{5} However, I cannot verify this without the image.",
+        "\\boxed{5} I cannot see the image.", "The answer is 5. But I can't see the figure."]),
+    ("doubt or another answer behind a mark", False, "6", "integer", None, [
+        "\\boxed{5} cm or \\boxed{6} cm", "<answer>5</answer> or <answer>6</answer>",
+        "$\\boxed{5}$ or $\\boxed{6}$"]),
+    ("an option that is rejected", False, "B", "choice", DEG, [
+        "B. 45° is too small.", "Option B: incorrect.", "Answer: B is not possible", "B. 45° or 60°", "B: no",
+        "B: wrong", "B) incorrect", "(B) is incorrect.", "B: 45° does not satisfy the condition.",
+        "B. 45°, which does not hold", "B) 45° can be ruled out", "Answer: B is eliminated", "Answer: B (no)",
+        "B is impossible", "B. is impossible", "(B) 45° cannot be right."]),
+    ("an option that is rejected", False, "C", "choice", DEG, ["C - no"]),
+    ("letter and value disagree", False, "C", "choice", ABCD, [
+        "Answer: C - 15", "Answer: C; 15", "C. 19", "Answer: C. 16", "\\boxed{C. 16}", "\\boxed{C?}",
+        "\\boxed{C \\text{ is wrong}}", "Answer: C\nor D"]),
+    ("taken back afterwards", False, "C", "choice", DEG, [
+        "The answer is C. That's wrong.", "The answer is C. That can't be right.",
+        "The answer is C. But this contradicts the given.", "The answer is C. Hmm, that does not work.",
+        "The answer is C. This isn't right.", "The answer is C. That doesn't look right."]),
+    ("text and letter disagree", False, "B", "choice", ABCD, [
+        "The answer is 15, which is option C.", "So x = 15. (C)", "So x = 15, which is C.", "\\boxed{15} (C)",
+        "\\boxed{15}, option C", "The answer is 15.\n\nC", "The answer is 15.\n\n(C)",
+        "The answer is 15.\n\nC. 18", "The answer is 15. Therefore, C.", "\\boxed{15}. The answer is C.",
+        "The answer is 15 (option C is the one that matches)", "\\boxed{15}\nSo the correct option is C."]),
+    ("text and letter disagree", False, "A", "choice", DEG, ["30° (this is choice B)"]),
+    ("a larger or a broken number", False, "7", "integer", None, ["It is seven thirty."]),
+    ("a larger or a broken number", False, "3", "integer", None, [
+        "three point five", "It is three point five.", "3 dozens", "The answer is 3 dozens.", "3次方"]),
+    ("a larger or a broken number", False, "5", "integer", None, [
+        "It costs 5 dollars fifty.", "It is 5 trillion", "5 less two", "5 root two",
+        "The answer is 5 too few.", "The answer is 5 too many", "5个半", "5个以上", "答案是5个多", "答案是5个十", "答案是5本的一半",
+        "答案是5人以下"]),
+    ("a larger or a broken number", False, "2", "integer", None, ["The answer is two hundreds"]),
+    ("more than the value", False, "5", "integer", None, [
+        "The answer is 5 unless", "five six", "five feet six", "The answer is 5 more",
+        "She needs 5 more apples.", "5 apples each", "5 lakh", "5 percentage points",
+        "The answer is 5 (not possible)", "The answer is 5 (this is not possible)",
+        "5 (or 6 with the hidden one)", "The answer is 5 (or 6 if you count the hidden one)"]),
+    ("more than the value", False, "12", "integer", None, ["12 noon"]),
+    ("a heading, not an answer", False, "2", "integer", None, [
+        "Two Methods:\nFirst use Pythagoras.", "Two steps:", "2 cases.\nThe side is 7"]),
+    ("a heading, not an answer", False, "4", "integer", None, ["4 steps:\nThe side is 7"]),
+    ("a heading, not an answer", False, "1", "integer", None, [
+        "**One approach:**\n\nUse the law of cosines. The side is 7.", "One moment please"]),
+    ("a heading, not an answer", False, "3", "integer", None, ["Three Steps\n\nThe side is 7"]),
+    ("a heading, not an answer", False, "180", "integer", None, ["180°\n\nSo the angle is 60°."]),
+    ("corrected or withdrawn afterwards", False, "5", "integer", None, [
+        "The answer is 5. Hold on, it is 6.", "The answer is 5. Oops, it is 6.",
+        "The answer is 5. That's wrong.", "The answer is 5. I made an error: it is 6.",
+        "The answer is 5. Apologies, x = 6.", "The answer is 5. Strike that.",
+        "The answer is 5. That can't be right.", "The answer is 5. No, it is 6.", "The answer is 5. No, 6.",
+        "The answer is 5. I made a mistake. x = 6.", "The answer is 5. Or rather 6.",
+        "The answer is 5. Edit: 6", "The answer is 5. Let me recheck: it is 6.",
+        "The answer is 5. My apologies, x = 6."]),
+    ("another answer afterwards", False, "5", "integer", None, [
+        "\\boxed{5} Let me recheck: it is 6.", "\\boxed{5} Hmm, it should be 6.", "The answer is 5. Also 6.",
+        "The answer is 5. The other root is x = -5.", "The answer is 5. Another solution is 6.",
+        "The answer is 5. Both 5 and -5 work.", "\\boxed{5} or maybe 6"]),
+    ("points that are not stated", False, "(4,0)", "free", None, [
+        "So x = 2, y = 1, or x = 4, y = 0.", "We exclude the solution x = 4, y = 0.", "If x = 4, y = 0.",
+        "When x = 4, y = 0.", "At x = 4, y = 0.", "Suppose x = 4, y = 0."]),
+    ("of an expression, not of the unknown", False, "15", "free", None, ["Hence 3x = 15."]),
+    ("of an expression, not of the unknown", False, "25", "free", None, ["So x² = 25."]),
+    ("of an expression, not of the unknown", False, "5", "integer", None, [
+        "Hence |x| = 5.", "Hence 1/x = 5."]),
+    ("of an expression, not of the unknown", False, "4", "integer", None, ["The ratio is AB/CD = 5."]),
+    ("doubt, or the picture was not seen", False, "C", "choice", ABCD, [
+        "I can't see the image. Answer: C", "The answer is C, presumably.",
+        "The answer is C, but no image was provided.", "The answer is C. I'm not confident.",
+        "I cannot see the image, but the answer is C.", "Without the image I cannot tell. Answer: C"]),
+    ("doubt, or the picture was not seen", False, "5", "integer", None, [
+        "The answer is 5. This is a rough estimate."]),
+    ("denied or supposed, Chinese", False, "C", "choice", ABCD, [
+        "不能选C", "无法选择C", "不应该选C", "很多同学误选C", "选项C正确吗？", "答案不可能选C", "不可以选择C", "如果选C，则面积是18", "错误答案是C",
+        "答案不一定是C", "大概选C", "没有选C", "小明的答案是C"]),
+    ("not equal", False, "5", "free", None, ["So x =/= 5.", "So x =\\= 5.", "\\boxed{x =/= 5}"]),
+    ("a list of options or of more values", False, "rectangle", "choice_text", FOUR, [
+        "1. square\n2. rhombus\n3. rectangle", "(A) square\n(B) rhombus\n(C) rectangle",
+        "Candidates:\n1. square\n2. rhombus\n3. rectangle"]),
+    ("a list of options or of more values", False, "trapezoid", "choice_text", FOUR, [
+        "Candidates: square, rectangle, rhombus,\ntrapezoid"]),
+    ("a list of options or of more values", False, "[1, 2]", "list", None, [
+        "The numbers are 1, 2, ...", "The numbers are 1, 2, and so on"]),
+    ("an option on a last line, not stated", False, "B", "choice", ABCD, [
+        "The following value is too large:\n\n15", "15, which is too large",
+        "The area is 12.\n15, which is too large"]),
+    ("an option on a last line, not stated", False, "B", "choice", FOUR, ["Assume:\nrectangle"]),
+    ("first words, not the answer", False, "5", "choice_text", ["5", "7", "9"], [
+        "5, 7 and 9", "5, 6 and 8 are factors."]),
+    ("first words, not the answer", False, "square", "choice_text", FOUR, [
+        "Square, you say? It is a rhombus."]),
+    ("first words, not the answer", False, "1", "choice_text", ["1", "2", "3"], [
+        "1. Observe the figure.\nIt has 3 sides."]),
+    ("first words, not the answer", False, "Yes", "choice_text", YN, [
+        "Yes, but I can't be certain.", "Yes, or rather the opposite.", "Yes. Hmm, or not."]),
+    ("a choice on the way", False, "5", "free", None, [
+        "For example, choose x = 5.", "Let's choose x = 5.", "To test, choose x = 5.",
+        "It should be compared with AB = 5."]),
+    ("a choice on the way", False, "5", "integer", None, ["We choose 5 points."]),
+    ("a choice on the way", False, "3", "integer", None, ["First choose 3 cards."]),
+    ("a choice on the way", False, "2", "integer", None, ["Pick 2 points."]),
+    ("the others are denied", True, "B", "choice", ABCD, [
+        "Since A is incorrect, the answer is B.", "Options A and C are wrong, so the answer is B.",
+        "Since the angle is not 90°, the answer is B.", "It is not A, so the answer is B.",
+        "The correct answer is B.", "Therefore the only possible answer is B.",
+        "The only correct answer is B"]),
+    ("words before a phrase", True, "B", "choice", ABCD, [
+        "My final answer is B.", "My answer is B.", "If AB = 5, then AC = 6. The answer is B.",
+        "None of the others fit, so the answer is B."]),
+    ("words before a phrase", True, "5", "integer", None, ["Our answer is 5", "So the final answer is 5."]),
+    ("another value is rejected", True, "5", "free", None, [
+        "We reject x = -2, so x = 5.", "x = -5 is extraneous, so x = 5",
+        "Since length cannot be negative, x = 5."]),
+    ("words behind a mark", True, "C", "choice", ABCD, [
+        "\\boxed{C}. Options A and B are wrong.", "The answer is \\boxed{C}, not D."]),
+    ("words behind a mark", True, "5", "integer", None, [
+        "\\boxed{5} cm", "\\boxed{5} because 2 + 3 = 5.", "So the answer is \\boxed{5} apples."]),
+    ("words behind a mark", True, "B", "choice", ABCD, [
+        "\\boxed{B} is the answer.", "\\boxed{B} is correct.", "Therefore \\boxed{15}, which is option B.",
+        "\\boxed{15}. This corresponds to option B."]),
+    ("words behind a mark", True, "5", "free", None, ["The answer is $\\boxed{5}$ or equivalently 5.0."]),
+    ("words behind a mark", True, "1/2", "free", None, ["\\boxed{1/2} or 0.5"]),
+    ("a letter and its explanation", True, "B", "choice", DEG, [
+        "B. 45°", "B) 45° is correct.", "B: 45°, because the triangle is isosceles.", "B. The angle is 45°.",
+        "Answer: B. The angle is 45°.", "B, since no other option fits.", "B is right.", "Answer: B - 45°",
+        "B. Because the other options are not possible.", "B. Not A, because the sum is 180°.",
+        "Answer: B, not C.", "Answer: B (45°)", "The answer is B, since the angles sum to 180°.",
+        "B. Half of 90° is 45°."]),
+    ("text and letter agree", True, "B", "choice", ABCD, [
+        "The answer is 15, which is option B.", "The answer is 15.\n\nB", "\\boxed{15} (B)",
+        "The distance from A to C is 15."]),
+    ("text and letter agree", True, "A", "choice", DEG, ["30° (this is choice A)"]),
+    ("a value and a noun", True, "5", "integer", None, [
+        "It is 5 apples.", "five apples", "There are 5 people.", "5 red apples", "5 years old",
+        "He is 5 years old.", "5 children", "5 students", "5个", "5个苹果", "5人", "答案是5本", "5 cents", "5 units"]),
+    ("a value and a noun", True, "1", "integer", None, ["one apple", "It is 1 apple."]),
+    ("a value and a noun", True, "5%", "free", None, ["5 per cent"]),
+    ("a value and a noun", True, "12", "integer", None, ["12 fish"]),
+    ("a value and a noun", True, "3", "integer", None, ["3 cars", "3 sides"]),
+    ("a value and a noun", True, "2", "integer", None, ["2 solutions"]),
+    ("a value and a noun", True, "4", "integer", None, ["4 ways"]),
+    ("a value and a noun", True, "7", "integer", None, ["7 women"]),
+    ("a first line", True, "7", "integer", None, ["7\n\nTwo Methods:\nFirst use Pythagoras."]),
+    ("a first line", True, "5", "integer", None, ["5\nBecause 2 + 3 = 5."]),
+    ("a first line", True, "60", "integer", None, ["60°\n\nSo the angle is 60°."]),
+    ("what follows confirms it", True, "5", "integer", None, [
+        "The answer is 5. No other value works.",
+        "The answer is 5. Hmm, let me recheck. Yes, the answer is 5.",
+        "Let me double check: 3 + 2 = 5. So the answer is 5."]),
+    ("what follows confirms it", True, "6", "integer", None, [
+        "I made an error: it is 6.", "The answer is 5. Oops, it should be 6.",
+        "The answer is 5. Wait, no. The answer is 6.", "The answer is 5. Hold on. The answer is 6."]),
+    ("of an expression or a label", True, "(4,0)", "free", None, ["So x = 4, y = 0."]),
+    ("of an expression or a label", True, "5", "free", None, [
+        "Hence 3x = 15, so x = 5.", "Hence x = 5.", "So AB = 5.", "So area = 5", "Hence the area = 5 cm²",
+        "f(3) = 5", "So f(3) = 5.", "AB² + BC² = 25, so AC = 5"]),
+    ("of an expression or a label", True, "50", "free", None, ["∠ABC = 50°"]),
+    ("of an expression or a label", True, "1/2", "free", None, ["sin A = 1/2", "So cos θ = 1/2."]),
+    ("of an expression or a label", True, "3/4", "free", None, ["tan(A) = 3/4"]),
+    ("of an expression or a label", True, "x+y=5", "free", None, ["x + y = 5"]),
+    ("of an expression or a label", True, "5", "integer", None, ["2 + 3 = 5", "x = 2 + 3 = 5"]),
+    ("of an expression or a label", True, "-4", "free", None, ["slope = -4"]),
+    ("of an expression or a label", True, "9π", "free", None, ["S = πr² = 9π"]),
+    ("of an expression or a label", True, "6", "free", None, ["△ABC area = 6"]),
+    ("no doubt", True, "C", "choice", ABCD, [
+        "From the image, the answer is C.", "No image is needed. The answer is C.", "Answer: C"]),
+    ("stated, Chinese", True, "C", "choice", ABCD, [
+        "故选C", "答案是C", "A不正确，所以选C", "不选B，应选C", "因为A、B错误，故选C", "正确答案是C", "所以答案选C", "因此选择C", "选项C正确"]),
+    ("option text, list", True, "rectangle", "choice_text", FOUR, [
+        "The shape is a rectangle.", "I considered:\n1. square\n2. rhombus\nThe answer is rectangle."]),
+    ("option text, list", True, "[1, 2]", "list", None, ["The numbers are 1 and 2."]),
+    ("chosen or first words", True, "B", "choice", ABCD, [
+        "We choose B.", "So I choose option B", "Choose B", "We pick 15."]),
+    ("chosen or first words", True, "Yes", "choice_text", YN, ["Yes, because it is closed."]),
+    ("chosen or first words", True, "No", "choice_text", YN, ["No, there is no such line."]),
+    ("chosen or first words", True, "rectangle", "choice_text", FOUR, [
+        "rectangle, because all angles are right."]),
+    ("other wording", True, "5", "integer", None, [
+        "It should be 5.", "Each side is 5.", "The answer to the question is 5."]),
+    ("other wording", True, "x≠5", "free", None, ["The domain is x != 5", "x ≠ 5"]),
+    ("context of a box ignored", False, "5", "free", None, [
+        "$\\boxed{5}\\sqrt{2}$", "\\boxed{5}\\pi", "x = -\\boxed{5}", "2 × \\boxed{5}", "x < \\boxed{5}",
+        "x ≠ \\boxed{5}", "It is at least \\boxed{5}.", "It is less than \\boxed{5}.", "\\boxed{5} million"]),
+    ("context of a box ignored", False, "9", "free", None, ["The area is $\\boxed{9}\\pi$."]),
+    ("context of a box ignored", False, "5 cm", "free", None, ["\\boxed{5} mm", "\\boxed{5} kg"]),
+    ("context of a box ignored", False, "5 m", "free", None, ["\\boxed{5} m^2"]),
+    ("context of a box ignored", False, "6", "free", None, ["\\boxed{5} + \\boxed{6}"]),
+    ("several boxes side by side, the last one counts", False, "6", "free", None, [
+        "\\boxed{5}, \\boxed{6}", "x = \\boxed{5}, y = \\boxed{6}"]),
+    ("several boxes side by side, the last one counts", False, "B", "choice", DEG, [
+        "\\boxed{C}, \\boxed{B}", "\\boxed{C} \\boxed{B}"]),
+    ("one of two unknowns on lines of their own", False, "3", "free", None, ["1) x = 5\n2) y = 3"]),
+    ("the left side of the last = is no label", False, "5", "free", None, [
+        "So x + 1 = 5.", "Thus x/2 = 5.", "Thus \\frac{x}{2} = 5.", "So -x = 5."]),
+    ("the left side of the last = is no label", False, "9", "free", None, ["So AB^2 = 9."]),
+    ("the left side of the last = is no label", False, "10", "free", None, [
+        "So 2 × AB = 10.", "So AB/2 = 10.", "So x × 2 = 10."]),
+    ("the left side of the last = is no label", False, "12", "free", None, ["So 2(x+1) = 12."]),
+    ("the left side of the last = is no label", False, "2", "free", None, ["So |x - 1| = 2"]),
+    ("a multiple of the value in words before 'is'", False, "10", "free", None, [
+        "So half of x is 10.", "So twice x is 10.", "So one third of x is 10.", "So 20% of x is 10.",
+        "So x plus 3 is 10."]),
+    ("a multiple of the value in words before 'is'", False, "9", "free", None, ["So the square of x is 9."]),
+    ("a bound as the subject of 'is'", False, "3", "free", None, [
+        "The lower bound is 3.", "An upper bound is 3."]),
+    ("a given or substituted value is the last sentence", False, "5", "free", None, [
+        "Plug in x = 5.", "Substituting r = 5.", "Setting x = 5.", "Testing x = 5.", "where r = 5.",
+        "To prove: x = 5", "We want to show that x = 5."]),
+    ("a given or substituted value is the last sentence", False, "3", "free", None, ["For example, x = 3."]),
+    ("one of several solutions", False, "3", "free", None, ["One solution is x = 3.", "One root is x = 3."]),
+    ("large number behind a noun", False, "5", "integer", None, [
+        "The answer is 5 million dollars.", "The answer is 5 hundred dollars.", "5 thousand people",
+        "5 dozen eggs", "5 half apples", "5 pair shoes"]),
+    ("wrong sum stated as a value", False, "9", "integer", None, [
+        "Answer: 3 + 5 = 9", "3 + 5 = 9", "Answer: 8 = 9"]),
+    ("a later conclusion names another letter", False, "B", "choice", DEG, [
+        "Answer: B\n\nTherefore, C.", "Answer: B\n\nHence, option (C).", "Answer: B\n\nFinal: C",
+        "Answer: B\n\nConclusion: C",
+        "Answer: B\n\nExplanation: 180 - 120 = 60, so the angle is 60°, option C.",
+        "B\n\nTherefore, option C.", "B\n\nThe correct angle is therefore 60°, which corresponds to C.",
+        "The answer is B.\n\nUpon further review, C is the one that fits.", "The answer is B.\n\nUpdated: C",
+        "The answer is B.\n\nI need to revise that: C.", "The answer is B.\n\nLet me revise: C.",
+        "Answer: B\nAnother possible answer: C"]),
+    ("a box wins over a later answer phrase", False, "B", "choice", DEG, [
+        "\\boxed{B}\nTherefore, the answer is C.", "\\boxed{B}\n\nSo the angle is 60°, option C.",
+        "\\boxed{B}? Let me verify: no."]),
+    ("letter and value disagree", False, "B", "choice", DEG, [
+        "The answer is B, i.e. 60°", "The answer is B, which is 60°", "The answer is B, that is, 60°.",
+        "The answer is B, namely 60°.", "The answer is B because the angle is 60 degrees.",
+        "B. The angle equals 60 degrees.", "B. The angle is 60°, not 45°.",
+        "B\n\nThe angle equals 60 degrees."]),
+    ("a later value corrects an answer phrase", False, "5", "integer", None, [
+        "The answer is 5. Thus x = 6.", "The answer is 5. Therefore, there are 6 apples.",
+        "The answer is 5. In total there are 6.",
+        "Answer: 5\n\nThere are 3 red and 3 blue, 3 + 3 = 6.\n\nTherefore, there are 6 in total."]),
+    ("refusal wording outside BLIND", False, "B", "choice", DEG, [
+        "There is no image. The answer is B.", "The image was not provided. The answer is B.",
+        "The image is not visible to me. The answer is B.", "I don't see any image. The answer is B.",
+        "I don't have access to the image, but the answer is B.", "I can't view images. The answer is B.",
+        "I cannot actually see the image. The answer is B.", "No image provided. The answer is B.",
+        "As there is no image, I'll pick B.", "Please provide the image. The answer is B.",
+        "Without access to the image, the answer is B.", "Without more information, the answer is B.",
+        "There is not enough information. The answer is B.", "没有图片。答案是B。", "无法看到图片，答案是B。", "无法查看图像，答案是B。",
+        "信息不足，答案是B。"]),
+    ("hedges outside HEDGE, before the answer", False, "B", "choice", DEG, [
+        "I suspect the answer is B.", "I'm leaning toward saying the answer is B.",
+        "It looks like the answer is B.", "My intuition says the answer is B.",
+        "I don't know, but the answer is B.", "I have no idea, but the answer is B.",
+        "I'm uncertain, but the answer is B.", "Hard to say, but the answer is B.", "I bet the answer is B.",
+        "By guessing, the answer is B.", "It is plausible that the answer is B.",
+        "Chances are the answer is B.", "My best bet is B.", "Apparently, the answer is B.",
+        "I presume the answer is B."]),
+    ("hedges outside HEDGE, after the answer", False, "B", "choice", DEG, [
+        "The answer is B, but it's hard to tell.", "The answer is B, but it depends on the figure.",
+        "The answer is B, depending on the figure.", "The answer is B, if I'm reading the picture correctly.",
+        "The answer is B, with low confidence.", "The answer is B, but please double-check.",
+        "The answer is B, tentatively."]),
+    ("somebody else's answer, or a denied one", False, "B", "choice", DEG, [
+        "A student says the answer is B.", "Tom thinks the answer is B.",
+        "Many people think the answer is B.", "You may think the answer is B.",
+        "One would think the answer is B.", "It is tempting to think that the answer is B.",
+        "A tempting answer is B.", "A common mistake is to choose B.",
+        "It's a common misconception that the answer is B.", "It is a mistake to think that the answer is B.",
+        "I disagree that the answer is B."]),
+    ("rejection behind the letter outside REJECTED", False, "B", "choice", DEG, [
+        "The answer is B is the wrong answer."]),
+    ("Yes or No that opens a courtesy or a refusal", False, "Yes", "choice_text", YN, [
+        "Yes, I can see the image. The function has a jump at x = 2, so it is not continuous.",
+        "Yes, I can help with that.", "Yes, let's see. The function is not continuous."]),
+    ("Yes or No that opens a courtesy or a refusal", False, "No", "choice_text", YN, [
+        "No, I don't have enough information to answer.", "No. I need more information."]),
+    ("first words, then a condition or the opposite", False, "Yes", "choice_text", YN, [
+        "Yes, if the lines are parallel; no if they are not.", "Yes, but only when x > 0.",
+        "Yes, sometimes."]),
+    ("first words, then a condition or the opposite", False, "increasing", "choice_text", TREND, [
+        "Increasing, then decreasing.", "Increasing, but constant after 2."]),
+    ("first words, then a condition or the opposite", False, "positive", "choice_text", SIGN, [
+        "Positive, or zero.", "Positive (or zero)."]),
+    ("Chinese", False, "B", "choice", DEG, [
+        "答案是B。不，应该是C。", "答案是B。重新计算，应为C。", "答案是B。检查：角为60°，所以是C。", "答案是B。抱歉，应该是C。", "答案是B。稍等，应该是C。", "我猜答案是B。",
+        "随便选B。", "估计选B。", "或许选B。", "答案似乎是B。", "答案好像是B。", "看起来答案是B。", "无法判断，选B。", "图片缺失，选B。", "很多学生会选B。",
+        "容易错选B。"]),
+    ("rejection behind the candidate in Chinese or as a sign", False, "B", "choice", DEG, [
+        "B，错误", "B、不符合题意", "B：排除", "B ❌", "B. ❌", "B ✗"]),
+    ("corrections outside TAKEN_BACK", False, "5", "integer", None, [
+        "The answer is 5. Let me recalculate: it is 6.", "The answer is 5. Upon rechecking, it is 6.",
+        "The answer is 5. I apologize, it is 6.", "The answer is 5. My mistake: it is 6.",
+        "The answer is 5. Let me correct that: it is 6.", "The answer is 5. I misread the figure. It is 6.",
+        "The answer is 5. Looking closer, it is 6.", "The answer is 5. However, it is 6.",
+        "The answer is 5. I forgot to halve. It is 6.", "The answer is 5. Not quite right: it is 6.",
+        "The answer is 5. Never mind, it is 6."]),
+    ("corrections outside TAKEN_BACK", False, "B", "choice", DEG, [
+        "The answer is B. Let me recalculate: the angle is 60°.",
+        "The answer is B. Looking closer, the angle is 60°.", "The answer is B. However, the angle is 60°."]),
+    ("the box holds a step, a question or a denied value", False, "5", "free", None, [
+        "The radius is \\boxed{5}, so the area is 25π.",
+        "First we find r = \\boxed{5}.\n\nTherefore, the area is 25π.",
+        "The radius is \\boxed{5}.\n\nThe final answer is 25π.", "Is the answer \\boxed{5}?",
+        "A wrong answer would be \\boxed{5}."]),
+    ("a tail that changes the value", False, "5", "free", None, [
+        "The answer is 5, which is the wrong one.", "The answer is 5 (could also be six)",
+        "x = 5 (not valid as x < 0)", "x = 5 (this root is rejected)"]),
+    ("a tail that changes the value", False, "B", "choice", ABCD, [
+        "15 (too small)"]),
+    ("last line equals an option, whatever stands before it", False, "B", "choice", ABCD, [
+        "The excluded option:\n15", "Eliminated:\n15", "The options that fail:\n15",
+        "A common mistake gives:\n15", "Given:\n15"]),
+    ("two letters called correct in turn", False, "B", "choice", DEG, [
+        "B is correct. D is also correct.", "B is correct, and so is D."]),
+    ("two letters called correct in turn", False, "D", "choice", DEG, [
+        "A is true. B is false. C is true. D is true.", "B is true. D is true."]),
+    ("a point or a reference is chosen", False, "C", "choice", DEG, [
+        "I choose C as the origin.", "We choose C as the center of the circle."]),
+    ("a point or a reference is chosen", False, "B", "choice", DEG, [
+        "Choose B so that AB = 5.", "Select B as a reference", "To get 45° you'd choose B.",
+        "Students often choose B."]),
+    ("a numbered step with a letter is taken for the choice", False, "A", "choice", DEG, [
+        "A. Find the angle: it's 90°."]),
+    ("another letter or value on a later line", False, "D", "choice", ABCD, [
+        "Answer: D\n\nB", "Answer: D\n\n(B)", "Answer: D\n15", "The answer is D.\n\nB) 15",
+        "Answer: D. The area is 15."]),
+    ("another letter or value on a later line", False, "B", "choice", ABCD, ["Answer:\nB\nC"]),
+    ("another letter or value on a later line", False, "A", "choice", ABCD, [
+        "Answer:\nA. 12\nB. 15"]),
+    ("another letter or value on a later line", False, "C", "choice", ABCD, [
+        "<answer>B</answer><answer>C</answer>"]),
+    ("format echo or an example", False, "B", "choice", DEG, [
+        "Please answer with a letter, e.g., answer: B", "The answer should be in the form: Answer: B",
+        "For example, the answer is B."]),
+    ("option with a hedge word in its text", True, "D", "choice", UNKNOWN, [
+        "D. Cannot be determined", "The answer is D. Cannot be determined.",
+        "Answer: D. Cannot be determined", "The answer is (D) Cannot be determined",
+        "The answer is D, because the area cannot be determined.",
+        "Therefore, the area cannot be determined, so the answer is D.",
+        "\\boxed{D}\nThe area cannot be determined."]),
+    ("option with a hedge word in its text", True, "B", "choice", CHANCE, [
+        "B. more likely", "The answer is B: more likely.", "The event is more likely, so the answer is B."]),
+    ("value, then its letter", True, "B", "choice", DEG, [
+        "Thus, the angle is 45° (option B).", "Hence ∠C = 45° (B).", "The correct answer is 45°, option B.",
+        "The correct answer is 45° (B).", "∠C = 45°.\n\nB", "∠C = 45°.\n\n**B**", "∠C = 45°.\n\nB. 45°",
+        "Since it's isosceles, ∠C = 45°.\n\nB: 45°", "Since it's isosceles.\n\n**Option B: 45°**",
+        "The angle is 45°. Therefore, (B).", "So ∠C = 45°, matching option B."]),
+    ("value, then its letter", True, "6cm", "choice_text", CM, ["Thus, AC = 6 cm, option A."]),
+    ("'Option B' in a box, 'Answer B', 'corresponds to option B'", True, "B", "choice", DEG, [
+        "\\boxed{\\text{Option B}}", "Option letter: B", "Correct option letter: B", "Therefore: B",
+        "This matches option B.", "This corresponds to option B."]),
+    ("Chinese", True, "B", "choice", DEG, [
+        "正确选项为B", "选项B是正确的。", "B选项正确。", "B正确", "B是正确的。", "因此，选项B是正确答案。", "选项：B", "B（45°）"]),
+    ("the other options are refuted behind the answer", True, "B", "choice", DEG, [
+        "Answer: B. A is incorrect because it's too small. C is incorrect because it's too large.",
+        "Answer: B. Options A, C, and D are incorrect.",
+        "The answer is B. Options A, C and D do not satisfy the condition; they are wrong.",
+        "Answer: B\n\n- A is not correct.\n- C is not correct.\n- D is not correct.",
+        "Answer: B\n\nWhy not C? Because 60° would need an equilateral triangle, which is not true here."]),
+    ("'Actually,' or 'I made an' that withdraws nothing", True, "B", "choice", DEG, [
+        "The answer is B.\n\nNote: I made an assumption that AB = AC."]),
+    ("a hedge about another matter", True, "B", "choice", DEG, [
+        "\\boxed{B}. If you need another solution, ask.",
+        "The answer is B. The triangle appears to be isosceles.",
+        "\\boxed{B}\n\nThe triangle appears isosceles."]),
+    ("a hedge about another matter", True, "2", "integer", None, [
+        "From the graph, the maximum seems to be at x = 2, so the answer is 2."]),
+    ("a letter, then a phrase or a reason", True, "B", "choice", DEG, [
+        "The answer is B by the isosceles triangle theorem.", "The answer is B due to symmetry.",
+        "The answer is B in this case.", "B - because AB = AC", "B (since AB = AC)"]),
+    ("a reason stands behind the value", True, "12", "free", None, [
+        "The length of AB is 12, since 5 + 7 = 12.", "The length of AB is 12, as 5 + 7 = 12.",
+        "The answer is 12: 5 + 7 = 12."]),
+    ("a reason stands behind the value", True, "5", "free", None, [
+        "So x = 5 (since x > 0)."]),
+    ("a reason stands behind the value", True, "B", "choice", DEG, [
+        "The size of ∠C is 45 degrees because the triangle is isosceles."]),
+    ("a reason stands behind the value", True, "rhombus", "choice_text", FIGURES, [
+        "The shape is a rhombus, since all four sides are equal."]),
+    ("a reason stands behind the value", True, "parallelogram", "choice_text", FIGURES, [
+        "The shape is a parallelogram because opposite sides are parallel."]),
+    ("a reason stands behind the value", True, "parallel", "choice_text", LINEPAIR, [
+        "They are parallel since the slopes are equal."]),
+    ("a relation in the premise", True, "5", "free", None, ["Since x > 0, x = 5."]),
+    ("arrows and therefore signs", True, "5", "free", None, [
+        "$2x = 10 \\Rightarrow x = 5$", "$2x=10 \\implies x=5$", "2x = 10 ⇒ x = 5", "∴ x = 5", "∴x=5"]),
+    ("value and its decimal", True, "9\\pi", "free", None, ["\\boxed{9\\pi \\approx 28.27}"]),
+    ("value and its decimal", True, "1/2", "free", None, ["The answer is 1/2 (or 0.5)."]),
+    ("value and its decimal", True, "2\\sqrt{3}", "free", None, [
+        "The length is $2\\sqrt{3}$ cm (approximately 3.46 cm)."]),
+    ("value and its decimal", True, "3.14", "float", None, [
+        "The answer is 3.14, rounded to two decimal places.",
+        "The answer is 3.14 (rounded to two decimal places)."]),
+    ("verbs that state a value", True, "12", "integer", None, [
+        "There are a total of 12 apples.", "In total, there are 12 apples.", "We get 12.", "This gives 12."]),
+    ("verbs that state a value", True, "5", "integer", None, ["还剩5个。", "共5个。", "他们的年龄差距为5年。"]),
+    ("verbs that state a value", True, "3", "integer", None, ["The answer is 3 times."]),
+    ("verbs that state a value", True, "3.14", "float", None, [
+        "Rounding to two decimal places, we get 3.14."]),
+    ("units that are not in the table, gold without unit", True, "3.14", "float", None, [
+        "The wavelength is 3.14 nm.", "The current is 3.14 A.", "The resistance is 3.14 Ω.",
+        "\\boxed{3.14 \\, \\Omega}", "The answer is 3.14 kPa.", "3.14 Hz", "3.14 eV", "T = 3.14 K",
+        "3.14 g/cm^3"]),
+    ("the option's text in a sentence", True, "blue", "choice_text", COLOURS, ["It's blue."]),
+    ("range of years for a list", True, "[2014, 2016]", "list", None, ["From 2014 to 2016."]),
+    ("label and colon or a dash before the letter", True, "B", "choice", DEG, [
+        "Option: B", "Choice: B", "Final choice: B", "Selected option: B", "Solution: B", "Result: B"]),
+    ("adverb or noun between 'is' and the letter", True, "B", "choice", DEG, [
+        "The answer is clearly B.", "The answer is indeed B.", "The answer is then B.",
+        "The answer is simply B.", "The answer is letter B.", "The answer is the option B.",
+        "It's option B."]),
+    ("'Only B is correct', 'Option B matches / fits'", True, "B", "choice", DEG, [
+        "Only B is correct.", "Option B matches this value.", "Option B fits.",
+        "The answer corresponds to B.", "The answer matches option B.", "we get B"]),
+    ("function arguments without brackets", True, "y=\\sin(2x)", "free", None, [
+        "y = sin 2x", "y = \\sin 2x"]),
+    ("function arguments without brackets", True, "y = 1 + 3\\cos 2x", "free", None, ["y=3\\cos(2x)+1"]),
+    ("premise, then the value", True, "5", "free", None, [
+        "Given AB = 3 and BC = 4, AC = 5.", "Rejecting the negative root, x = 5.",
+        "The answer is 5 and not -5."]),
+]
+CASES += [(reply, gold, kind, choices, verdict, why)
+          for why, verdict, gold, kind, choices, replies in WORDING for reply in replies]
