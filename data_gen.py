@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", default="data", help="folder to write; it appears only when complete")
-    add("--n", type=int, default=4000, help="training problems (ours: what stage 2 sees once by default)")
+    add("--n", type=int, default=4000, help="training problems (ours: what stage 1 sees once by default)")
     add("--n_test", type=int, default=400, help="test problems, each in six versions")
     add("--size", type=int, default=DEFAULT_SIZE, help="picture side, pixels (108: tiny/, 384: SigLIP)")
     add("--seed", type=int, default=0, help="same seed, same problems and pixels")

@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--replies", metavar="FILE", help="mark these replies, JSONL of id and reply, instead of a model's")
     add("--out", help="folder for the marks of --replies (default: its name without .jsonl)")
     add("--limit", type=int, default=None, help="use only the first so many test problems")
-    add("--batch_size", type=int, default=100, help="prompts decoded at once; replies do not depend on it")
+    add("--batch_size", type=int, default=100, help="prompts decoded at once")
     add("--max_new_tokens", type=int, default=64,
         help="cut a reply here (the longest built-in solution has about 55; give a real model 1024)")
     add("--chart", help="bar chart by version to write (default: out/accuracy.png)")
@@ -226,14 +226,16 @@ END = re.compile("|".join((  # where a candidate ends
     r"\s?\([^()]{0,80}[a-z]{2} [a-z]{2}[^()]{0,80}\)$")))  # "5 (the sum of both)"
 LEAD = any_of(
     r"(?:(?:therefore|thus|so|hence|then|approximately|about|roughly|exactly|equivalently|equal to|option"
-    r"|choice|letter|clearly|indeed|simply|(?:a )?total of|from|between|the),?\s+)+", r"选项\s?")
+    r"|choice|letter|clearly|indeed|simply|(?:a )?total of|from|between|the),?\s+)+", r"选项\s?",
+    r"[a-z]+(?: [a-z]+){0,3}: (?=[-\d(\[](?!.*:))")  # "Area: 6"
 TAIL = re.compile(
-    r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|long|wide|high|tall|deep)$")
+    r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|remain|long|wide|high|tall|deep)$")
 GIVEN = re.compile("(?:given|since|as|because|if|when|with|for) ", re.I)
 ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"; not "AB = 5, so AC = 6"
     r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
 NO_LABEL = any_of(  # "half of AB = 10" is not 10
     DENIED.pattern, r"\b(?:than|not|but|at|when|if|for|to|by|half|twice|double|minus|that|from|with)\b")
+RELATION = r"[a-z] ?(?:[<>]|[<>!]=) ?[-\d./]+"
 JOINED = re.compile(  # to another answer: "5 cm or 6 cm"
     r"(?:\W{0,9}[a-z°]{1,3}(?<!\bor))?\W{0,9}(?:\bor\b|或)\s?(?:\\f?box(?:ed)?|<answer>)?\W{0,9}"
     r"(.{0,80})", re.S)
@@ -241,7 +243,7 @@ BOTH = re.compile(  # between two marks of one sentence; atomic, or "<a><a><a>" 
     r"(?></?\w+>|[^\w\n]|\b[a-z]{1,3}\b|\n(?=\W*(?:or|and)\b))*(?:\\f?box(?:ed)?|<answer>)?[^\w\n]*")
 BUT = any_of(  # "Yes, but only if", "Increasing, then decreasing", "Yes, I can help"
     r"\W*(?:but|and|or|then|if|assuming|when|sometimes|only|later|for some|\d|i (?:can|need|don't)|let)\b")
-DENIES = any_of(r"\b(?:not|wrong|incorrect|false|cannot|too \w+)\b|n't\b")
+DENIES = any_of(r"\b(?:not|would|wrong|incorrect|false|cannot|too \w+)\b|n't\b")
 OTHER_LETTER = re.compile(r"(?<![\w∠])(?<![Nn]ot )[A-J](?![\w'])")  # not that of an angle or of "not B"
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$|,? [(-]? ?(?:because|since)\b)")  # "B", "(B)", "B. 40°"
 
@@ -311,7 +313,8 @@ def answer_phrase(reply, options):
     found = None
     for m in [*PHRASES.finditer(reply)][-200:]:  # a hostile reply has thousands
         text = next(filter(None, m.groups()))
-        before = SENTENCE.split(reply[max(0, m.start() - 80):m.start()])[-1]
+        begin = m.end() - len(m[0].lstrip(" .,;:!\n"))
+        before = SENTENCE.split(reply[max(0, begin - 80):begin])[-1]
         if found and (m[0].lower().startswith("and") or re.search(r"\bor (?:the )?(?:correct )?$", before)):
             return None, "two answers stated", ""
         if NOT.match(text):  # "not B but C" states C; "not B" takes back what was said before if that was B
@@ -355,6 +358,9 @@ def last_sentence(reply, line, equations):
     stem = TAIL.sub("", last.rstrip(". "))
     *before, text = COPULA.split(stem)
     bound = r"\b(?:less|greater|more|larger|smaller|exceeds?) |\bat (?:least|most) \d"
+    if not before and (stem != last.rstrip(". ") and number(clean(stem)) or re.fullmatch(RELATION, last)
+                       or re.match(r"[A-Z][a-z]+(?: [a-z]+){0,3}: ?[(\[]", last)):
+        return stated(reply, clean(stem), "last sentence", reply.rfind(stem))  # "Thus, 7 objects are left."
     if not before or re.search(bound, before[-1]):
         return None
     if equations and not re.match(r"\W*(?:if|when|at|for|with|suppose)\b|.*\bor\b", last, re.I) and (
@@ -446,7 +452,7 @@ def value(node, k):
         return FUNCTIONS[node.func.id](value(node.args[0], k))
     if isinstance(node, ast.Name):
         c = CONSTANTS.get(node.id)  # letters: far from linear in ord, or 3b would be a + b + c
-        return c or Fraction((ord(node.id) ** 2 * (k + 2) + 37 * ord(node.id)) % 1009 + 3, 11 + k)
+        return c or Fraction((ord(node.id) ** 2 * (k + 2) + 37 * ord(node.id)) % 1009 + 3, 211 + 10 * k)
     return Fraction(repr(node.value))  # of a number as it was typed: .1 is 1/10
 
 def expression(text):
@@ -477,6 +483,7 @@ def expression(text):
 def number(text):
     """A text as Number, or None: "12 cm^2", "3 1/2", "1,200", "2sqrt(3)", "x+1", "50%", "seven"."""
     text = text.replace("per cent", "percent").strip().rstrip(".").strip()[:121]
+    text = re.sub(rf"\(({NAME})\)$", r"\1", text)  # 15.7(厘米)
     text = re.sub(r"^(?:approximately|about|roughly|=) ?", "", text)
     text = re.sub(r"(?<![\d.])(\d{1,3}(?:[, ]\d{3})+)(?!\d)", lambda m: re.sub("[, ]", "", m[1]), text)
     text = re.sub(r"^(-?)(\d+) ?(?:\(\((\d+)\)/\((\d+)\)\)|(?<= )(\d+)/(\d+))", r"\1(\2+\3\5/\4\6)", text)
@@ -682,7 +689,10 @@ def score_answer(reply, gold, kind, choices=None):
         index, why, rest = option_of(found, options, kind)
         rest = re.sub(r"^[ .,:;!)}(]*(?:i\.e\.,? )?", "", rest + behind)
         later = extract(rest, options=options)[0] if index is not None else None
-        named = re.match(r"(?:[^.\n]{0,60}[(,] ?)?(?:option|choice) \(?([A-J])\b", rest)  # "15 (option C)"
+        named = not DENIES.search(rest[:80]) and re.match(  # "15 (option C)"
+            r"(?:[^.\n]{0,60}[(,] ?)?(?:option|choice) \(?([A-J])\b", rest)
+        value = re.search(r"= ?([-\d][^=,;。\n]{0,20}?),[^=.。\n]{0,30}$", reply.removesuffix(behind)[-60:])
+        later = later or value and not why and value[1]  # "so x = 60°, choose C"
         if later and option_of(later, options, kind)[0] not in (None, index) or (
                 named and named[1] != ascii_uppercase[index or 0]):  # "B ... so the angle is 60°"
             index, why = None, ", letter and text disagree"

@@ -865,8 +865,7 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, state, keep=2):
         shutil.rmtree(os.path.join(out, f"step-{old}"))
 
 def load_checkpoint(folder, vlm, optimizer):
-    """Put a checkpoint's weights and optimizer state into objects of that shape. -> its trainer_state.json"""
-    state = read_json(folder, "trainer_state.json")
+    """Put a checkpoint's weights and optimizer state into objects of that shape."""
     fill(vlm, read_tensors(folder)[0], folder)  # exits when a tensor does not fit
     parameters = dict(vlm.named_parameters())  # a tied lm_head is not among them twice
     with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as f:
@@ -875,13 +874,12 @@ def load_checkpoint(folder, vlm, optimizer):
             name, field = key.rsplit("/", 1)
             device = "cpu" if field == "step" else parameters[name].device  # AdamW counts steps on the CPU
             optimizer.state[parameters[name]][field] = f.get_tensor(key).to(device)
-    return state
 
 def start_or_resume(args, vlm, optimizer, run, rank):
     """Step to begin at: 0, or that of the newest complete checkpoint in args.out, put into vlm and optimizer.
 
-    run: {"flags", "init_sha256", "data_sha256", ...}.  Exits when the checkpoint comes from other flags,
-    another model or other data: going on would give a result that no one command can reproduce.
+    run: {"flags", "init_sha256", "data_sha256", "script"}.  Exits when the checkpoint comes from other flags,
+    another model, other data or an edited script: going on would give what no one command can reproduce.
     """
     if rank == 0 and not args.resume and os.path.isdir(args.out):
         shutil.rmtree(args.out)  # --no-resume is how a user asks for that
@@ -896,15 +894,17 @@ def start_or_resume(args, vlm, optimizer, run, rank):
             os.makedirs(args.out, exist_ok=True)
             open(metrics, "w").close()
         return 0
-    state = load_checkpoint(found, vlm, optimizer)
+    state = read_json(found, "trainer_state.json")
     free = ("out", "resume", "log_every", "save_every", "micro_batch", "evaluate", "show",
             "image_root", "check_data", "max_bad", "compile")  # these may differ
     there, here = ({k: v for k, v in r["flags"].items() if k not in free}
                    | {k: r[f"{k}_sha256"] for k in ("init", "data")} for r in (state["run"], run))
     differ = [f"--{k}: {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
+    differ += ["the script was edited"] if state["run"]["script"] != run["script"] else []
     if differ:
         sys.exit(f"{found} is from another run ({'; '.join(differ)}): "
                  "give its flags, another --out or --no-resume")
+    load_checkpoint(found, vlm, optimizer)
     if rank == 0:
         print(f"resuming {found}", flush=True)
         with open(metrics) as f:  # steps after the checkpoint are done again and must not stand in it twice

@@ -1311,7 +1311,7 @@ CASES = [
     ("f(2) = 7", "7", "free", None, True, "states it"),
     ("f(2) = 7, f(3) = 8", "8", "free", None, False, "does not state it"),
     ("k = -\\frac{3}{2}", "-1.5", "free", None, True, "states it"),
-    ("slope: -3/2", "-1.5", "free", None, False, "does not state it"),
+    ("slope: -3/2", "-1.5", "free", None, True, "states it"),
     ("The slope m = rise/run = -3/2", "-1.5", "free", None, True, "states it"),
     ("(-1.5, 0)", "-1.5", "free", None, False, "does not state it"),
     ("y - 3 = -1.5(x - 2)", "y = -1.5x + 6", "free", None, True, "states it"),
@@ -2018,6 +2018,32 @@ WORDING = [
     ("premise, then the value", True, "5", "free", None, [
         "Given AB = 3 and BC = 4, AC = 5.", "Rejecting the negative root, x = 5.",
         "The answer is 5 and not -5."]),
+    ("words of doubt", False, "5", "integer", None, [
+        "Maybe the answer is 5.", "Perhaps the answer is 5.", "Possibly, the answer is 5.",
+        "The answer is arguably 5.", "The answer is supposedly 5.", "The answer is 5, but I am unsure.",
+        "My hunch is that the answer is 5.", "The answer is 5, by intuition.",
+        "The odds are that the answer is 5.", "The answer may be 5, or: answer 5.",
+        "The answer is 5, a shot in the dark.", "In theory the answer is 5.",
+        "The answer is 5. This may be 6.", "The data is insufficient, the answer is 5.",
+        "The answer is 5, 6, etc.", "The diagram is blurry. The answer is 5."]),
+    ("withdrawn, another value follows", False, "5", "integer", None, [
+        "The answer is 5. Wait, it is 6.", "The answer is 5. Correcting, it is 6.",
+        "The answer is 5. Scratch that, it is 6.", "The answer is 5. Sorry, it is 6.",
+        "The answer is 5. On reflection, it is 6.", "The answer is 5. On second thought, it is 6.",
+        "The answer is 5. On the contrary, it is 6.", "The answer is 5. Better said, it is 6.",
+        "The answer is 5. Actually, it is 6."]),
+    ("denied in a last sentence", False, "5", "integer", None, [
+        "Nothing here is 5.", "In no way is it 5.", "Rarely is it 5.", "An impossible value is 5.",
+        "Otherwise it is 5.", "Unless x is 3, it is 5.", "A mistake is 5.", "It is wrong that x is 5.",
+        "A possible value is 5.", "One example is, for example, 5.", "No side is 5.", "No angle equals 5."]),
+    ("denied before a phrase", False, "B", "choice", ABCD, [
+        "One never finds that the answer is B.", "Nothing says the answer is B.",
+        "It is false that the answer is B.", "The other way round, otherwise the answer is B.",
+        "As an example the answer is B.", "It is tempting to say the answer is B.",
+        "It is a myth that the answer is B.", "It never is: never answer: B",
+        "It is wrong that the answer is B.", "The tempting answer is B.", "My initial answer is B.",
+        "My earlier answer is B.", "My previous answer is B.", "The common answer is B.",
+        "Unless I err the answer is B."]),
 ]
 CASES += [(reply, gold, kind, choices, verdict, why)
           for why, verdict, gold, kind, choices, replies in WORDING for reply in replies]

@@ -177,6 +177,16 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(data, tmp_p
         train(1, data, tmp_path / "a", steps=1, lr=0.5)
 
 
+def test_an_edited_script_does_not_go_on(data, tmp_path, monkeypatch):
+    """Or a fork's numbers would be those of the run before it."""
+    train(1, data, tmp_path / "a", steps=1)
+    with open(stage1_text_sft.__file__, encoding="utf-8") as f:
+        (tmp_path / "fork.py").write_text(f.read() + "# ten lines changed\n", encoding="utf-8")
+    monkeypatch.setattr(stage1_text_sft, "__file__", str(tmp_path / "fork.py"))
+    with pytest.raises(SystemExit, match="the script was edited.*another --out"):
+        train(1, data, tmp_path / "a", steps=1)
+
+
 def test_a_run_that_was_stopped_is_no_parent_yet(data, tmp_path):
     train(1, data, tmp_path / "a", steps=2, save_every=1)
     assert model.finished(str(tmp_path / "a")) and not model.finished(str(tmp_path / "nothing"))
