@@ -2020,10 +2020,10 @@ WORDING = [
         "The answer is 5 and not -5."]),
     ("words of doubt", False, "5", "integer", None, [
         "Maybe the answer is 5.", "Perhaps the answer is 5.", "Possibly, the answer is 5.",
-        "The answer is arguably 5.", "The answer is supposedly 5.", "The answer is 5, but I am unsure.",
-        "My hunch is that the answer is 5.", "The answer is 5, by intuition.",
+        "Arguably the answer is 5.", "Supposedly the answer is 5.", "The answer is 5; I am unsure.",
+        "My hunch is that the answer is 5.", "By intuition the answer is 5.",
         "The odds are that the answer is 5.", "The answer may be 5, or: answer 5.",
-        "The answer is 5, a shot in the dark.", "In theory the answer is 5.",
+        "As a shot in the dark, the answer is 5.", "In theory the answer is 5.",
         "The answer is 5. This may be 6.", "The data is insufficient, the answer is 5.",
         "The answer is 5, 6, etc.", "The diagram is blurry. The answer is 5."]),
     ("withdrawn, another value follows", False, "5", "integer", None, [
@@ -2044,6 +2044,17 @@ WORDING = [
         "It is wrong that the answer is B.", "The tempting answer is B.", "My initial answer is B.",
         "My earlier answer is B.", "My previous answer is B.", "The common answer is B.",
         "Unless I err the answer is B."]),
+    ("not the final answer", False, "B", "choice", ABCD, [
+        "The other answer is B.", "One answer is B.", "Her answer is B.", "Their answer is B.", "Your answer is B."]),
+    ("verbs of a last sentence", True, "5", "integer", None, [
+        "So the total was 5.", "All this amounts to 5.", "So she leaves 5 apples.", "He pays 5 dollars.",
+        "The box holds 5 apples.", "The path covers 5 km.", "She spends 5 dollars.", "He earns 5 dollars."]),
+    ("first words, then another answer", False, "Yes", "choice_text", YN, [
+        "Yes, this is a known problem. The answer is No.", "Yes, the answer is 5."]),
+    ("a number that is no option's text", True, "B", "choice", COLOURS, ["B. 16"]),
+    ("a value in a box, its letter later", True, "B", "choice", ABCD, ["\\boxed{15}. The answer is B."]),
+    ("a first line, then a reason", True, "5", "integer", None, ["5\nsince AB = AC"]),
+    ("a heading", False, "4", "integer", None, ["4 steps:\nfirst look"]),
 ]
 CASES += [(reply, gold, kind, choices, verdict, why)
           for why, verdict, gold, kind, choices, replies in WORDING for reply in replies]
