@@ -67,6 +67,7 @@ def parse_args(argv=None):
 #     answer mark    \boxed{}, <answer>, [[ ]], ####, Answer: on a line of its own (MARKS); the last one
 #     answer phrase  "the answer is", "choose", and the like (PHRASES); the last one not negated or supposed
 #     only line, first line    a line that is a value or a letter, and the only such line
+#     last line      a letter there, perhaps with its option, and no other line begins with one
 #     last sentence  what stands behind its last "is" or "=" (COPULA)
 # or why there is none: two answers marked, two answers stated, hedged (HEDGE, BLIND), taken back (TAKEN_BACK,
 # REJECTED), negated or supposed (NOT, DENIED, SUPPOSED), nothing found.  For a choice it goes on with: option
@@ -273,6 +274,7 @@ def extract(reply, equations=False, options=()):
     return found or (None, "nothing found", "")
 
 def doubted(text, words, options):
+    """Whether one of the words is in the text, apart from the options: one may be "Cannot be determined"."""
     for option in options:
         if words.search(option):
             text = re.sub(re.escape(option), "", text, flags=re.I)
@@ -287,7 +289,9 @@ def stated(reply, text, rule, start, end=0):
         return None, "taken back", ""
     return text or None, rule, behind
 
+# The rules by name, in this order.  Each gives what extract gives, or None when it does not apply.
 def answer_mark(reply, options):
+    """The last of MARKS; of a box also what it is multiplied with: "2\\boxed{5}", "\\boxed{5} million"."""
     marks = sorted((m.start(1), m.end(), m[1].strip()) for mark in MARKS for m in mark.finditer(reply))
     if marks:
         start, end, text = marks[-1]
@@ -302,12 +306,13 @@ def answer_mark(reply, options):
         if later and bool(LABEL.match(later)) == bool(LABEL.match(text)) and not (
                 same(later, text) or LABEL.match(text) and later[0] == text.strip("(")[0]):
             return None, "two answers stated", ""
-        if reply[end - 1] == "}":  # "2\\boxed{5}" does not say 5
+        if reply[end - 1] == "}":  # "2\boxed{5}" does not say 5
             head = reply[:reply.rfind("\\", 0, start)][-40:]
             text = FACTOR.search(head)[1] + text + POWER.match(reply[end:])[0].rstrip(" .,")
         return stated(reply, text.strip(), "answer mark", start, end)
 
 def answer_phrase(reply, options):
+    """The last of PHRASES that is neither negated nor supposed."""
     found = None
     for m in [*PHRASES.finditer(reply)][-200:]:  # a hostile reply has thousands
         text = next(filter(None, m.groups()))
@@ -333,6 +338,7 @@ def answer_phrase(reply, options):
         return stated(reply, clean(found[1]), "answer phrase", start)
 
 def short_line(reply, lines):
+    """A line that is a value or a letter, the first or the only one, or a letter on the last line."""
     bare = [bare_value(line) for line in lines[:50]]  # several different ones: a list, none is stated
     first, alone = lines[0], len(lines) == 1
     rule = "only line" if alone else "first line"
@@ -350,6 +356,7 @@ def short_line(reply, lines):
         return stated(reply, clean(first), rule, 0)
 
 def last_sentence(reply, line, equations):
+    """What the last sentence says behind its last "is" or "=", if not denied, a bound or one of several."""
     *others, last = filter(None, SENTENCE.split(line))
     if COPULA.search(said := re.split(r",? \(?(?:since|because)\b|, as (?=\S+ [=+])", last)[0]):
         last = said.strip()
