@@ -207,9 +207,10 @@ SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states n
     r"(?:不|没|无法|误|错|同学|学生|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
 NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
 IS = phrases("""
-    is; are; be; was; equals; ha[sv]e?(?: an? \\w+ of)?; comes? to; amounts? to; totals; needs?; costs?;
-    weighs?; measures?; contains?; takes?; leaves?; pays?; holds?; covers?; covered; spends?; earns?; get;
-    matches; corresponds? to; (?:[Tt]his|which) gives?(?: us)?; (?:[Ii]t|[Tt]hat)'s""") + (
+    is; are; be; was; equals; ha[sv]e?(?: an? \\w+ of| length| area)?; comes? to; amounts? to; totals;
+    needs?; costs?; weighs?; measures?; contains?; takes?; leaves?; pays?; holds?; covers?; covered; spends?;
+    earns?; (?:get|obtain)(?! \\w+ ?=); (?<!to )shows?; gives? an? \\w+ of; matches; corresponds? to;
+    (?:[Tt]his|which) gives?(?: us)?; (?:[Ii]t|[Tt]hat)'s""") + (
     r"(?: at(?= \())?|等于|为|是|共有?|还?剩下?|需要")  # what an answer stands behind in a last sentence
 COPULA = re.compile(rf"(?<![<>!])=|{IS}")
 EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y = 0"
@@ -218,7 +219,7 @@ EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y
 SENTENCE = re.compile(  # its end; not the dot of a point's name or of "i.e."
     r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
 END = re.compile("|".join((  # where a candidate ends
-    r"(?<=[^A-Z.])\.(?=\s|$)|。", r"(?<=\d): (?=.*=)", r" \((?=(?:or|approx\w*|about|roughly|=) )",
+    r"(?<=[^A-Z.])\.(?=\s|$)|。", r"(?<=\d): (?=.{0,80}=)", r" \((?=(?:or|approx\w*|about|roughly|=) )",
     r",? \(?(?:rounded|correct to|to (?:the nearest|\w+ decimal))",
     r",? (?:because|since|so that|which|where)\b|,? (?:i\.e\.|因为)",  # "5, because ..."
     r", (?:so(?![^=\n]{0,80}=)|as(?! well)|not|and (?:so|thus|hence|therefore|it|this|that|the|we|not)) ",
@@ -229,7 +230,8 @@ LEAD = any_of(
     r"|choice|letter|clearly|indeed|simply|(?:a )?total of|from|between|the),?\s+)+", r"选项\s?",
     r"[a-z]+(?: [a-z]+){0,3}: (?=[-\d(\[](?!.*:))")  # "Area: 6"
 TAIL = re.compile(
-    r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|remain|long|wide|high|tall|deep)$")
+    r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|remain|long|wide|high|tall|deep"
+    r"|(?:in|on) (?:the|this) (?:image|picture|figure|diagram|photo|chart|graph|table))$")
 GIVEN = re.compile("(?:given|since|as|because|if|when|with|for) ", re.I)
 ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"; not "AB = 5, so AC = 6"
     r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
@@ -489,6 +491,7 @@ def number(text):
     """A text as Number, or None: "12 cm^2", "3 1/2", "1,200", "2sqrt(3)", "x+1", "50%", "seven"."""
     text = text.replace("per cent", "percent").strip().rstrip(".").strip()[:121]
     text = re.sub(rf"\(({NAME})\)$", r"\1", text)  # 15.7(厘米)
+    text = re.sub(r"(sin|cos|tan) ?(?:(\d[\d.]*)°|\((\d[\d.]*)°\))", r"\1(\2\3*pi/180)", text)
     text = re.sub(r"^(?:approximately|about|roughly|=) ?", "", text)
     text = re.sub(r"(?<![\d.])(\d{1,3}(?:[, ]\d{3})+)(?!\d)", lambda m: re.sub("[, ]", "", m[1]), text)
     text = re.sub(r"^(-?)(\d+) ?(?:\(\((\d+)\)/\((\d+)\)\)|(?<= )(\d+)/(\d+))", r"\1(\2+\3\5/\4\6)", text)
@@ -539,8 +542,8 @@ def elements(text):
     if not whole:  # "3, 5 and 7"
         parts = [one for part in parts for one in re.split(" and | to |和", part.removeprefix("and "))]
     named = [unlabel(part) for part in parts]
-    if len(named) > 1 and all(name for name, _ in named) and named == sorted(named):
-        return None, [value for _, value in named], None
+    if len(named) > 1 and all(name for name, _ in named):
+        return None, [value for _, value in sorted(named)], None
     return (whole[1], parts, whole[3]) if whole else ("", parts, "")
 
 def unlabel(text):
@@ -712,7 +715,9 @@ def score_answer(reply, gold, kind, choices=None):
             return Score(False, None, "two answers stated")
     if kind == "list":
         return Score(same_list(elements(unlabel(found)[1])[1], elements(gold)[1]), found, rule)
-    x, y = number(unlabel(found)[1]), number(unlabel(gold)[1])
+    one, *more = re.split(",? or ", found)  # "20 pupils, or 20 in total"
+    one = one if all(same(clean(other), one) for other in more[:9]) else found
+    x, y = number(unlabel(one)[1]), number(unlabel(gold)[1])
     if kind in ("free", "choice") or not y:
         return Score(same(found, gold), found, rule)
     if not x or (x.unit and y.unit and x.unit != y.unit) or len(set(x.values)) > 1:

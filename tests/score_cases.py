@@ -1558,6 +1558,8 @@ CASES = [
     ("\\boxed{1}or" + "." * 99000 + "x\\boxed{2}", "5", "free", None, False, "dots between two marks"),
     ("a" + "\u0301" * 25000 + "\u0316" * 25000, "5", "free", None, False, "accents only"),
     ("#### " + " or ".join(f"{k}/{k}*5" for k in range(1, 6900)), "5", "free", None, False, "too many"),
+    ("\\boxed{1}" + "<a>" * 30 + "x\\boxed{2}", "5", "free", None, False, "tags between two marks"),
+    ("3: " * 33000 + "x = 6", "5", "free", None, False, "colons only"),
 ]
 
 # Many ways to say the same: why, verdict, gold, kind, choices, replies.  Found by reading the code with the
