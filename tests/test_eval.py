@@ -78,6 +78,11 @@ def test_unseen_cases():
     marks = [(score_answer(r["reply"], r["gold"], r["kind"], r["choices"]).match, r["right"]) for r in rows]
     assert len(rows) == 1230 and (True, False) not in marks
     assert marks.count((False, True)) <= 12
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        page = f.read()
+    right = len(rows) - marks.count((False, True))
+    assert f"1,192 of {len(rows):,} marks were right at first sight" in page and f"now {right:,} and none" in page
+    assert f"mark {len(rows) + len(score_cases.CASES):,} replies" in page
 
 
 def test_unparsed_is_told_from_wrong():
