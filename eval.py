@@ -555,11 +555,7 @@ def unlabel(text):
     left, _, right = text.rpartition("=")
     if re.fullmatch(r" ?[A-Za-z]", right) and number(left):
         return right.strip(), left.strip()  # 5 = s
-    if not re.fullmatch(r"[-\d +*/^()=.,]+", left):
-        return "", text
-    x, y = number(left), number(right)  # "3 + 5 = 9" stays whole
-    agree = not (x and y) or math.isclose(x.values[0], y.values[0], rel_tol=.02)
-    return "", right.strip() if agree else text
+    return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.,]+", left) else text
 
 def proportional(a, b):
     """Two equations say the same: the differences of their sides are equal up to a factor that is not 0."""
