@@ -92,7 +92,7 @@ def normalise(text):
     """One spelling for one thing: Unicode forms, signs, LaTeX. -> str.  Linear in the length of the text."""
     text = text.rpartition("</think>")[2].partition("<think>")[0]  # thinking is no answer
     text = re.sub(r"(?<=[\w)])\*\*(?=[\d(])", "^", text)
-    text = re.sub(r"\\left|\\right|\\displaystyle|\\!|\{,\}|\*\*|[$`]", "", text)
+    text = re.sub(r"\\left|\\right|\\displaystyle|\\!|\{,\}|\*\*|__|[$`]", "", text)
     nfkc = functools.partial(unicodedata.normalize, "NFKC")
     text = re.sub("[½⅓⅔¼¾⅕⅛]", lambda m: f" {nfkc(m[0])}", text)  # NFKC alone: 3½ is 31/2, 10⁵ is 105
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: f"^({nfkc(m[0])})", text)
@@ -122,9 +122,9 @@ MARKS = [re.compile(pattern) for pattern in (  # made for it
     r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]  # a heading
 REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
 PHRASES = any_of(  # said in words; the group is the answer and what follows it
-    r"(?:\bans(?:wers?)?(?: to (?:the|this) (?:question|problem))?"  # "The answer is", "Answer:", "答案为"
+    r"(?:\bans(?:wers?)?(?: (?:to|among) (?:the|this|these) (?:given )?(?:question|problem|options|choices))?"
     r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确(?:的|选项)|\b(?:option|choice) that is correct)"
-    r"\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))" rf"\s?:?\s{{0,3}}{REST}",
+    r"\"?\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))" rf"\s?:?\s{{0,3}}{REST}",
     rf"\b(?:it|that|this) (?:should|must) be {REST}",
     rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
     r"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)?"
@@ -135,7 +135,7 @@ PHRASES = any_of(  # said in words; the group is the answer and what follows it
     rf"\b(?:option|choice) {LETTER} (?:fits|matches)\b",
     rf"(?:选项|\b){LETTER}\s?(?:选项)?是?正确(?!吗)",
     rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|only|option|choice))\s?{LETTER}"
-    r" (?:is|would be|must be) (?:the )?(?:answer\b|correct|best|true"  # "B is correct"
+    r"(?:[,:]? \(?[-\d][^\s,()]{0,12}\)?,?)? (?:is|would be|must be) (?:the )?(?:answer\b|correct|best|true"
     r"|right(?: answer| option| choice| one|[.,!]))")
 # What takes an answer away.  A list: phrases between semicolons, as regular expressions.
 phrases = lambda text: r"\b(?:" + "|".join(part.strip() for part in text.split(";")) + r")\b"
@@ -153,14 +153,14 @@ DOUBT = "|".join((phrases(rf"""
     supposedly; unsure; uncertain; guess(?:ing)?; suspect; hunch; intuition; plausible; chances; odds are;
     bet; unless; depends; may (?:also )?be; could (?:also )?be; don't know; no idea; hard to (?:say|tell);
     shot in the dark; in theory; (?:rough|just an) estimate; insufficient; lean(?:ing)?; low confidence;
-    depending on; if i(?:'m| am); please (?:double|verify|check); not (?:\w+ )?(?:sure|certain|confident);
-    also (?:correct|right|true);
+    depending on; if i(?:'m| am); alternatively; also possible; please (?:double|verify|check);
+    not (?:\w+ )?(?:sure|certain|confident); also (?:correct|right|true);
     {CANNOT} (?:see|view|read|answer|solve|verify|tell|say|determine|be sure|be certain); and so on; etc;
     both \S+ and \S+ (?:work|are|fit)"""), r"n't have enough information|, ?\.\.|(?:^|[.;\n]) ?otherwise\b",
     r"\b(?:another|the other) (?:possible )?(?:solution|root|answer|value) ?(?:is|=|:|x)",
     r"[.!?\n] ?also (?:\S+ ?=|-?\d)", "可能|也许|大概|不确定|无法(?:确定|判断)|我?猜|随便|估计|或许|似乎|好像|看起来"))
 HEDGE = any_of(DOUBT, phrases(  # in the sentence of an answer
-    rf"likely; seems?; looks? like; appears?; {CANNOT} be determined?; either(?! [^.]*\bnor\b|[.,])"))
+    rf"likely; seems?; looks? like; appears?; {CANNOT} be determined?; either(?! [^.]{{0,80}}\bnor\b|[.,])"))
 DOUBT = any_of(DOUBT)  # and behind it
 WRONG = (  # said of what stands before it
     r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a |the )?(?:wrong|incorrect|mistaken?|false)"
@@ -179,32 +179,35 @@ REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no",
     r"\W{0,9}(?:(?![A-J]\b)[^\s,]{1,40},? )?(?:(?:which|that|but it|but this) )?(?:" + WRONG +
     r"|(?:is|are|was|can)(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous"
     r"|too \w+)|(?:is|can|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match"
-    r"|satisfy))\b",
-    r"\W{0,9}(?:wrong|incorrect|false|impossible|not (?:possible|correct|right|true|valid)|too \w+"
-    r"|(?:this|that|the) \w+ is (?:rejected|not)|no(?=\W{0,9}$))\b|\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)")
+    r"|satisfy)|fails|lies outside)\b",
+    r"\W{0,9}(?:wrong|incorrect|false|impossible|unknown|none|too \w+"
+    r"|not (?:possible|correct|right|true|valid)|(?:this|that|the) \w+ is (?:rejected|not)|no(?=\W{0,9}$))\b",
+    r"\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)")
 DENIED = any_of(phrases(r"""
     none; hardly; rarely; undefined; fails? to; except; originally; possibility;
     (?:exclud|reject|discard|substitut|plug)\w*; extraneous; setting; testing; to (?:prove|show); bound;
     (?:one|a) (?:possible )?(?:solution|root|value); possible value;
     no (?!longer\b|need\b)\w+ (?:of|has|is|are|equals?|fits?|x|that);
-    (?:wrong|incorrect|false|rough|old|first|initial|naive) (?:answer|option|choice|value|estimate)"""),
+    (?:wrong|incorrect|false|rough|old|first|initial|nearest) (?:answer|option|choice|value|estimate)"""),
     r"e\.g\.|^\W*where\b|\b(?:choose|pick|consider|try) \w ?$|[a-z] (?:plus|minus|times) \S+ ?$",
     r"\b(?:half|twice|double|third|quarter|square|%|\d) (?:of )?[a-z] ?$")  # before a value
 SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states nothing
     r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)[^,]*$",
     r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
     "(?:n't|" + phrases(r"""
-    not(?! hard| diff); no(?! doubt| need); never; nothing; impossible; unlikely; is possible; false; wrong;
-    mistake; unless; otherwise; example; (?<!no )doubt;
+    not(?! hard| diff); cannot; refuse; said; no(?! doubt| need); never; nothing; impossible; unlikely;
+    is possible; false; wrong; mistake; unless; otherwise; example; (?<!no )doubt;
     (?:claim|argue|suggest|disagree|deny|reject|pretend|imagine)s?;
     (?<!\bi )(?<!\bwe )(?:think|believe|say|wrote)s?; misconception; myth; you'd""") +
     r")(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
     phrases(r"""
-    can; incorrect; tempting; naive; first; initial; earlier; previous; common; other; one; his; her; their;
-    your; (?<!only )possible; (?:students|people|many) (?:often|may|would)""") + " ?$",
-    r"[a-z](?<!\blet)(?<!\bit)'s ?$|\b(?:half|twice|double|square|root|opposite|negative)(?: of)? the $",
+    can; incorrect; trap; intuitive; closest; nearest; worst; (?:many|most|some) (?:students|people);
+    tempting; naive; trap; intuitive; closest; nearest; worst; first; initial; earlier; previous; common;
+    other; one; his; her; their; your; (?<!only )possible; (?:students|people|many) (?:often|may)""") + " ?$",
+    r"[a-z](?<!\blet)(?<!\bit)'s ?$",
+    r"\b(?:half|twice|double|square|root|opposite|negative|bound|estimate)(?: of| for)? the $",
     r"\b(?:wrong|incorrect) \w+ (?:is|was|would be) ?$|(?:e\.g\.|for example|in the form)[^.]*$",
-    r"(?:不|没|无法|误|错|同学|学生|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
+    r"(?:不|别|没|无法|误|错|同学|学生|有人|多人|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
 NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
 IS = phrases("""
     is; are; be; was; equals; ha[sv]e?(?: an? \\w+ of| length| area)?; comes? to; amounts? to; totals;
@@ -239,19 +242,20 @@ NO_LABEL = any_of(  # "half of AB = 10" is not 10
     DENIED.pattern, r"\b(?:than|not|but|at|when|if|for|to|by|half|twice|double|minus|that|from|with)\b")
 RELATION = r"[a-z] ?(?:[<>]|[<>!]=) ?[-\d./]+"
 JOINED = re.compile(  # to another answer: "5 cm or 6 cm"
-    r"(?:\W{0,9}[a-z°]{1,3}(?<!\bor))?\W{0,9}(?:\bor\b|或)\s?(?:\\f?box(?:ed)?|<answer>)?\W{0,9}"
+    r"(?:\W{0,9}[a-z°]{1,3}(?<!\bor))?\W{0,9}(?:\b[oO]r\b|或)\s?(?:\\f?box(?:ed)?|<answer>)?\W{0,9}"
     r"(.{0,80})", re.S)
 BOTH = re.compile(  # between two marks of one sentence; atomic, or "<a><a><a>" takes 2^n steps
     r"(?></?\w+>|[^\w\n]|\b[a-z]{1,3}\b|\n(?=\W*(?:or|and)\b))*(?:\\f?box(?:ed)?|<answer>)?[^\w\n]*")
 BUT = any_of(  # "Yes, but only if", "Increasing, then decreasing", "Yes, I can help"
-    r"\W*(?:but|and|or|then|if|assuming|when|sometimes|only|later|for some|\d|i (?:can|need|don't)|let)\b")
+    r"\W*(?:but|and|or|then|if|assuming|when|sometimes|only|later|for some|\d|i (?:can|see|need|don't)|let"
+    r"|sure|sort of)\b")
 DENIES = any_of(r"\b(?:not|would|wrong|incorrect|false|cannot|too \w+)\b|n't\b")
 OTHER_LETTER = re.compile(r"(?<![\w∠])(?<![Nn]ot )[A-J](?![\w'])")  # not that of an angle or of "not B"
 LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$|,? [(-]? ?(?:because|since)\b)")  # "B", "(B)", "B. 40°"
 
 def clean(text):
     """A candidate without the words around it."""
-    text = END.split(text.strip(), maxsplit=1)[0].strip(" ,:\"'*\n").rstrip(" .,:")
+    text = END.split(text.strip(), maxsplit=1)[0].removesuffix('"}').strip(" ,:\"'*\n").rstrip(" .,:")
     text = re.sub("(?<=[a-z]{2})!$", "", text)  # 4! is 24
     return TAIL.sub("", text[m.end():] if (m := LEAD.match(text)) else text)
 
@@ -295,6 +299,8 @@ def stated(reply, text, rule, start, end=0):
 def answer_mark(reply, options):
     """The last of MARKS; of a box also what it is multiplied with: "2\\boxed{5}", "\\boxed{5} million"."""
     marks = sorted((m.start(1), m.end(), m[1].strip()) for mark in MARKS for m in mark.finditer(reply))
+    while marks[1:] and marks[-2][1] >= marks[-1][1]:
+        del marks[-2]  # it holds the last one: "### Answer\n\n\\boxed{B}"
     if marks:
         start, end, text = marks[-1]
         _, middle, other = marks[-2] if marks[1:] else marks[-1]
@@ -308,6 +314,8 @@ def answer_mark(reply, options):
         if later and bool(LABEL.match(later)) == bool(LABEL.match(text)) and not (
                 same(later, text) or LABEL.match(text) and later[0] == text.strip("(")[0]):
             return None, "two answers stated", ""
+        if inner := answer_phrase(text, options):  # <answer>The answer is B.</answer>
+            return inner
         if reply[end - 1] == "}":  # "2\boxed{5}" does not say 5
             head = reply[:reply.rfind("\\", 0, start)][-40:]
             text = FACTOR.search(head)[1] + text + POWER.match(reply[end:])[0].rstrip(" .,")
@@ -319,7 +327,7 @@ def answer_phrase(reply, options):
     for m in [*PHRASES.finditer(reply)][-200:]:  # a hostile reply has thousands
         text = next(filter(None, m.groups()))
         begin = m.end() - len(m[0].lstrip(" .,;:!\n"))
-        before = SENTENCE.split(reply[max(0, begin - 80):begin])[-1]
+        before = SENTENCE.split(reply[max(0, begin - 80):begin])[-1].rpartition("\n")[2]
         if found and (m[0].lower().startswith("and") or re.search(r"\bor (?:the )?(?:correct )?$", before)):
             return None, "two answers stated", ""
         if NOT.match(text):  # "not B but C" states C; "not B" takes back what was said before if that was B
@@ -420,7 +428,7 @@ NAME = "|".join(sorted(UNITS, key=len, reverse=True))
 UNIT = re.compile(rf"(.*?[\d)i°]) ?(square |sq\.? ?|cubic |平方|立方)?({NAME})s?"
                   rf"(?:\^?\(?([23])\)?| (squared|cubed))?(?: ?(?:/|per) ?({NAME})(?:\^\(?([23])\)?)?)?")
 FACTOR = re.compile(  # before a box: "2\boxed{5}", "x < \boxed{5}"
-    r"([-+*/^<>]|[<>!]=|\b(?:at (?:least|most)|(?:less|more|greater) than)|\d|) ?[$(]*\Z")
+    r"([-+*/^<]|(?<!answer)>|[<>!]=|\b(?:at (?:least|most)|(?:less|more|greater) than)|\d|) ?[$(]*\Z")
 POWER = re.compile(  # behind a box: "\boxed{5}\pi", "\boxed{5} mm"
     r"(?: ?(?:pi\b|sqrt ?\S+|\^ ?\S+|[*/+-] ?\S+|%|(?:hundred|thousand|million|billion|dozen)\b"
     rf"|(?:{NAME})s?(?=\W*$|[.,;\n^])))*")
@@ -618,7 +626,8 @@ def option_of(found, options, kind):
     if beside and any(same(clean(beside[1]), option) for option in options):
         found = f"{beside[2] or beside[3]}. {beside[1]}"
     found = re.sub(r"^([A-J])\((.+)\)$", r"\1. \2", found)
-    name = LEAD.sub("", found, 1) if re.match("option|choice|the ", found, re.I) else found
+    lead = re.match("(?:option|choice|the) ", found, re.I) and LEAD.match(found)
+    name = found[lead.end():] if lead else found
     index, rest = letter_of(name, len(options) or 10)
     rest = re.sub(r"^ ?[-;,] ?(?:i\.e\.,? |that is,? |namely )?", " ", rest)
     equal, also = ([k for k, option in enumerate(options) if option == text != ""] or
@@ -694,8 +703,10 @@ def score_answer(reply, gold, kind, choices=None):
         later = extract(rest, options=options)[0] if index is not None else None
         named = not DENIES.search(rest[:80]) and re.match(  # "15 (option C)"
             r"(?:[^.\n]{0,60}[(,] ?)?(?:option|choice) \(?([A-J])\b", rest)
-        value = re.search(r"= ?([-\d][^=,;。\n]{0,20}?),[^=.。\n]{0,30}$", reply.removesuffix(behind)[-60:])
-        later = later or value and not why and value[1]  # "so x = 60°, choose C"
+        value = re.search(  # "so x = 60°, choose C"
+            r"(?:=|\bis) ?([-\d][^=,;。\n]{0,20}?)(?:,|\. (?=So|Thus|Hence|Therefore))[^=.。\n]{0,30}$",
+            reply.removesuffix(behind)[-60:])
+        later = later or value and not why and value[1]
         if later and option_of(later, options, kind)[0] not in (None, index) or (
                 named and named[1] != ascii_uppercase[index or 0]):  # "B ... so the angle is 60°"
             index, why = None, ", letter and text disagree"

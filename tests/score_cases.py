@@ -1560,6 +1560,8 @@ CASES = [
     ("#### " + " or ".join(f"{k}/{k}*5" for k in range(1, 6900)), "5", "free", None, False, "too many"),
     ("\\boxed{1}" + "<a>" * 30 + "x\\boxed{2}", "5", "free", None, False, "tags between two marks"),
     ("2/3=4.", "4", "integer", None, True, "the value after the last =, whatever stands before it"),
+    ("#### choices" + "a" * 90000, "B", "choice", DEG, False, "letters only"),
+    ("The answer is 5, " + "either " * 7000 + "nor " + "x " * 23000, "6", "free", None, False, "either, either"),
     ("3: " * 33000 + "x = 6", "5", "free", None, False, "colons only"),
 ]
 
@@ -2056,6 +2058,43 @@ WORDING = [
     ("a value in a box, its letter later", True, "B", "choice", ABCD, ["\\boxed{15}. The answer is B."]),
     ("a first line, then a reason", True, "5", "integer", None, ["5\nsince AB = AC"]),
     ("a heading", False, "4", "integer", None, ["4 steps:\nfirst look"]),
+    ("stated in other words, yet wrong", False, "B", "choice", DEG, [
+        "The angle is 60°, so the answer is B.", "The closest answer is B, though the exact value is 50°.",
+        "The value is 47°. The nearest option is B.", "The intuitive answer is B.", "The trap answer is B.",
+        "Many students choose B.", "I refuse to choose B.", "We cannot choose B.", "B. None", "别选B", "有人选B",
+        "很多人选B", "Hence ∠C = 60°. So the answer is B.", "∠C = 180° - 120° = 60°. So the answer is B."]),
+    ("stated in other words, yet wrong", False, "12", "integer", None, [
+        "The answer is 12. Or 15.", "The answer is 12. Alternatively, 15.",
+        "The answer is 12. But 15 is also possible.", "Tom said the answer is 12.",
+        "An upper bound for the answer is 12.", "An estimate of the answer is 12.",
+        "The answer is 12. Alternatively, we get 15."]),
+    ("stated in other words, yet wrong", False, "5", "free", None, ["x = 5, which lies outside the domain."]),
+    ("stated in other words, yet wrong", False, "Yes", "choice_text", YN, [
+        "Yes, I see the picture.", "Yes, sure! Let me analyze.", "Yes, sort of."]),
+    ("stated in other words", True, "B", "choice", DEG, [
+        "### Step 1\nThe angle: 90°.\n### Step 2\nHalve it: 45°.\n### Answer\n$\\boxed{\\text{B}}$",
+        "Option B (45°) is correct.", "<think>x</think><answer>The answer is B.</answer>",
+        "<answer>\\boxed{B}</answer>",
+        "Looking at the options:\nA. 30° - no\nB. 45° - yes\nC. 60° - no\nD. 90° - no\n\nThe answer is B.",
+        "The correct answer among the given options is B.", "\\boxed{\\text{Answer: B}}",
+        "\\boxed{\\text{The answer is B}}", "{\"answer\": \"B\"}", "{\"answer\":\"B. 45°\"}",
+        "```json\n{\"answer\": \"B\"}\n```", "Answer: __B__",
+        "The quadrilateral is isosceles.\n\n### Answer\n\n$\\boxed{B}$",
+        "Halve it.\n\nAnswer:\n\\boxed{45^\\circ}", "C is not possible\n\nThe answer is B.",
+        "- C: not equal to 45°\n- D: not acute\n\nThe answer is B.",
+        "- The lines never meet\n- ∠C = 45°\n\nAnswer: B",
+        "A. 30°: wrong\nC. 60°: wrong\nD. 90°: wrong\nAnswer: B", "A ✗ (false)\nAnswer: B",
+        "- D: impossible\n\n**Answer: B**", "Option B (45°) is the correct answer.",
+        "Option B, 45°, is correct.", "Therefore, option B (45°) is correct.",
+        "Therefore, option B: 45° is the correct answer."]),
+    ("stated in other words", True, "12", "integer", None, [
+        "There are 12 apples in the picture.", "There are a total of 12 bars in the chart.",
+        "Halve it.\n\n**Final Answer:**\n\n$$\\boxed{12}$$", "**Final Answer**\n\\[\n\\boxed{12}\n\\]",
+        "<answer>$\\boxed{12}$</answer>", "<answer>The answer is 12</answer>",
+        "This is not a right triangle\n\nAnswer: 12", "There are 12 apples on the table.",
+        "There are 12 people in the picture.", "12 bars in the chart.", "There are 12 bars in the graph."]),
+    ("stated in other words", True, "1.2", "float", None, ["The answer is 1.17 ≈ 1.2.", "1.23 ≈ 1.2"]),
+    ("stated in other words", True, "5", "free", None, ["Halve it.\n## Final Answer\n\\boxed{5}"]),
 ]
 CASES += [(reply, gold, kind, choices, verdict, why)
           for why, verdict, gold, kind, choices, replies in WORDING for reply in replies]
