@@ -2095,6 +2095,7 @@ WORDING = [
         "There are 12 people in the picture.", "12 bars in the chart.", "There are 12 bars in the graph."]),
     ("stated in other words", True, "1.2", "float", None, ["The answer is 1.17 ≈ 1.2.", "1.23 ≈ 1.2"]),
     ("stated in other words", True, "5", "free", None, ["Halve it.\n## Final Answer\n\\boxed{5}"]),
+    ("JSON", True, "B", "choice", DEG, ['{"answer": "B"}', '{"answer":"B. 45°"}']),
 ]
 CASES += [(reply, gold, kind, choices, verdict, why)
           for why, verdict, gold, kind, choices, replies in WORDING for reply in replies]
