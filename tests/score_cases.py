@@ -1,4 +1,4 @@
-"""Marked replies for `score_answer`, written from the rules alone and independent of the scorer.
+"""Marked replies for `score_answer`: written from the rules, later ones against what the scorer got wrong.
 
 Each row is (reply, gold, kind, choices, verdict, why). The verdict is what the written rules demand: a reply
 counts only when it states one answer and that answer is the gold. Rows the rules leave open are not here.
