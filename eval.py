@@ -155,7 +155,7 @@ DOUBT = "|".join((phrases(rf"""
     shot in the dark; in theory; (?:rough|just an) estimate; insufficient; lean(?:ing)?; low confidence;
     depending on; if i(?:'m| am); alternatively; also possible; please (?:double|verify|check);
     not (?:\w+ )?(?:sure|certain|confident); also (?:correct|right|true);
-    {CANNOT} (?:see|view|read|answer|solve|verify|tell|say|determine|be sure|be certain); and so on; etc;
+    {CANNOT} (?:see|view|read|answer|solve|verify|tell|say|determine|be sure|be certain); and so on;
     both \S+ and \S+ (?:work|are|fit)"""), r"n't have enough information|, ?\.\.|(?:^|[.;\n]) ?otherwise\b",
     r"\b(?:another|the other) (?:possible )?(?:solution|root|answer|value) ?(?:is|=|:|x)",
     r"[.!?\n] ?also (?:\S+ ?=|-?\d)", "可能|也许|大概|不确定|无法(?:确定|判断)|我?猜|随便|估计|或许|似乎|好像|看起来"))
@@ -184,10 +184,9 @@ REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no",
     r"|not (?:possible|correct|right|true|valid)|(?:this|that|the) \w+ is (?:rejected|not)|no(?=\W{0,9}$))\b",
     r"\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)")
 DENIED = any_of(phrases(r"""
-    none; hardly; rarely; undefined; fails? to; except; originally; possibility;
+    none; hardly; undefined; fails? to; except; originally; possibility;
     (?:exclud|reject|discard|substitut|plug)\w*; extraneous; setting; testing; to (?:prove|show); bound;
-    (?:one|a) (?:possible )?(?:solution|root|value); possible value;
-    no (?!longer\b|need\b)\w+ (?:of|has|is|are|equals?|fits?|x|that);
+    (?:one|a) (?:possible )?(?:solution|root|value);
     (?:wrong|incorrect|false|rough|old|first|initial|nearest) (?:answer|option|choice|value|estimate)"""),
     r"e\.g\.|^\W*where\b|\b(?:choose|pick|consider|try) \w ?$|[a-z] (?:plus|minus|times) \S+ ?$",
     r"\b(?:half|twice|double|third|quarter|square|%|\d) (?:of )?[a-z] ?$")  # before a value
@@ -196,14 +195,14 @@ SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states n
     r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
     "(?:n't|" + phrases(r"""
     not(?! hard| diff); cannot; refuse; said; no(?! doubt| need); never; nothing; impossible; unlikely;
-    is possible; false; wrong; mistake; unless; otherwise; example; (?<!no )doubt;
+    is possible; false; wrong; mistake; otherwise; example; (?<!no )doubt;
     (?:claim|argue|suggest|disagree|deny|reject|pretend|imagine)s?;
     (?<!\bi )(?<!\bwe )(?:think|believe|say|wrote)s?; misconception; myth; you'd""") +
     r")(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
     phrases(r"""
     can; incorrect; trap; intuitive; closest; nearest; worst; (?:many|most|some) (?:students|people);
     tempting; naive; trap; intuitive; closest; nearest; worst; first; initial; earlier; previous; common;
-    other; one; his; her; their; your; (?<!only )possible; (?:students|people|many) (?:often|may)""") + " ?$",
+    one; his; her; their; your; (?<!only )possible; (?:students|people|many) (?:often|may)""") + " ?$",
     r"[a-z](?<!\blet)(?<!\bit)'s ?$",
     r"\b(?:half|twice|double|square|root|opposite|negative|bound|estimate)(?: of| for)? the $",
     r"\b(?:wrong|incorrect) \w+ (?:is|was|would be) ?$|(?:e\.g\.|for example|in the form)[^.]*$",

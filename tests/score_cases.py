@@ -2023,7 +2023,7 @@ WORDING = [
         "The answer is 5 and not -5."]),
     ("words of doubt", False, "5", "integer", None, [
         "Maybe the answer is 5.", "Perhaps the answer is 5.", "Possibly, the answer is 5.",
-        "Arguably the answer is 5.", "Supposedly the answer is 5.", "The answer is 5; I am unsure.",
+        "Arguably the answer is 5.", "Supposedly the answer is 5.", "I am unsure, but the answer is 5.",
         "My hunch is that the answer is 5.", "By intuition the answer is 5.",
         "The odds are that the answer is 5.", "The answer may be 5, or: answer 5.",
         "As a shot in the dark, the answer is 5.", "In theory the answer is 5.",
