@@ -142,8 +142,7 @@ phrases = lambda text: r"\b(?:" + "|".join(part.strip() for part in text.split("
 CANNOT, PICTURE = "(?:cannot|can't|unable to|not able to)", "(?:image|picture|figure|diagram)s?"
 SHOWN = "(?:shown|given|provided|visible|available|attached|clear)"
 BLIND = any_of("(?:看不|无法(?:看|查看|读))(?:到|见|清|取)?|没有图|信息不足|图片缺失", phrases(rf"""
-   
-    (?:{CANNOT}|don't|do not) (?:actually )?(?:see|view|(?:have )?access(?: to)?) (?:(?:the|any?) )?{PICTURE};
+    (?:{CANNOT}|don't|do not) (?:actually )?(?:see|view|(?:have )?access(?: to)?) (?:the |an?y? )?{PICTURE};
     without (?:seeing |access to )?(?:the|an?) {PICTURE}; there is no {PICTURE};
     please provide the {PICTURE}; (?:not enough|need more|without more) information;
     no {PICTURE} (?:(?:is|was|has been) )?{SHOWN}; {PICTURE} (?:(?:is|was) not|isn't|wasn't) {SHOWN};
@@ -200,8 +199,8 @@ SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states n
     (?<!\bi )(?<!\bwe )(?:think|believe|say|wrote)s?; misconception; myth; you'd""") +
     r")(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
     phrases(r"""
-    can; incorrect; trap; intuitive; closest; nearest; worst; (?:many|most|some) (?:students|people);
-    tempting; naive; trap; intuitive; closest; nearest; worst; first; initial; earlier; previous; common;
+    can; incorrect; (?:many|most|some) (?:students|people); tempting; naive; trap; intuitive; closest; nearest; worst;
+    first; initial; earlier; previous; common;
     one; his; her; their; your; (?<!only )possible; (?:students|people|many) (?:often|may)""") + " ?$",
     r"[a-z](?<!\blet)(?<!\bit)'s ?$",
     r"\b(?:half|twice|double|square|root|opposite|negative|bound|estimate)(?: of| for)? the $",

@@ -2096,6 +2096,7 @@ WORDING = [
     ("stated in other words", True, "1.2", "float", None, ["The answer is 1.17 ≈ 1.2.", "1.23 ≈ 1.2"]),
     ("stated in other words", True, "5", "free", None, ["Halve it.\n## Final Answer\n\\boxed{5}"]),
     ("JSON", True, "B", "choice", DEG, ['{"answer": "B"}', '{"answer":"B. 45°"}']),
+    ("the picture was not seen", False, "B", "choice", DEG, ["I cannot see a figure. The answer is B."]),
 ]
 CASES += [(reply, gold, kind, choices, verdict, why)
           for why, verdict, gold, kind, choices, replies in WORDING for reply in replies]

@@ -12,7 +12,7 @@ import eval as evaluation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGET = {"data_gen.py": 420, "model.py": 938, "stage1_text_sft.py": 280, "stage2_kl_align.py": 544,
-          "stage3_mm_instruct.py": 290, "eval.py": 1085}
+          "stage3_mm_instruct.py": 290, "eval.py": 1084}
 
 
 def read(name):

@@ -168,11 +168,13 @@ def test_a_folder_without_manifest_does_not_exist(data, tmp_path):
     assert model.newest_checkpoint(str(tmp_path / "a")) is None
 
 
-def test_a_finished_run_is_left_alone_and_other_settings_are_refused(data, tmp_path):
+def test_a_finished_run_is_left_alone_and_other_settings_are_refused(data, tmp_path, monkeypatch):
     train(1, data, tmp_path / "a", steps=1)
     stamp = os.stat(tmp_path / "a" / "step-1" / "model.safetensors").st_mtime_ns
     train(1, data, tmp_path / "a", steps=1)
     assert os.stat(tmp_path / "a" / "step-1" / "model.safetensors").st_mtime_ns == stamp
+    # Before weights are loaded: those of another model would not fit, which tells a user nothing.
+    monkeypatch.setattr(model, "load_checkpoint", lambda *_: pytest.fail("loaded before the flags were compared"))
     with pytest.raises(SystemExit, match="--lr: 0.001 there, 0.5 here"):
         train(1, data, tmp_path / "a", steps=1, lr=0.5)
 
