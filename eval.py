@@ -199,8 +199,8 @@ SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states n
     (?<!\bi )(?<!\bwe )(?:think|believe|say|wrote)s?; misconception; myth; you'd""") +
     r")(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
     phrases(r"""
-    can; incorrect; (?:many|most|some) (?:students|people); tempting; naive; trap; intuitive; closest; nearest; worst;
-    first; initial; earlier; previous; common;
+    can; incorrect; (?:many|most|some) (?:students|people); tempting; naive; trap; intuitive; closest;
+    nearest; worst; first; initial; earlier; previous; common;
     one; his; her; their; your; (?<!only )possible; (?:students|people|many) (?:often|may)""") + " ?$",
     r"[a-z](?<!\blet)(?<!\bit)'s ?$",
     r"\b(?:half|twice|double|square|root|opposite|negative|bound|estimate)(?: of| for)? the $",
