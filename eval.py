@@ -11,6 +11,7 @@ In this order: the scorer, the problems, the replies, the reports.
 import argparse
 import ast
 import functools
+import hashlib
 import json
 import math
 import operator
@@ -24,11 +25,13 @@ from fractions import Fraction
 from string import ascii_uppercase
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data_gen import LADDER
-from model import load_vlm, make_batch, read_rows, sha256
+from data_gen import LADDER, make_problem, view
+from model import (IGNORE, WEIGHTS, JsonLines, check_rows, file_hashes, find_model, is_main_process, load_vlm, make_batches,
+                   read_json)
 
 IMAGE_VERSIONS = [version for version, (_, picture) in LADDER.items() if picture]
 RULE_BASED = "rule-based: not comparable with judge-based papers"
@@ -786,7 +789,12 @@ def load_items(args):
     """The problems in order of id, and the folder of their pictures. Exits with file and row at a bad row."""
     if args.benchmark == "builtin":
         fields = ("image_url", "instruction", "answer", "kind", "version", "id")
-        return read_rows(os.path.join(args.data[0], "test.jsonl"), fields), args.data[0]
+        path = os.path.join(args.data[0], "test.jsonl")
+        if not os.path.isfile(path):
+            sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data")
+        rows = JsonLines([path])
+        check_rows(rows, fields)
+        return list(rows), args.data[0]
     items, help = {}, f"name the testmini.json of {args.benchmark} with --data"
     for path in args.data:
         try:
@@ -852,6 +860,10 @@ def read_replies(path, own=False):
                 sys.exit(f'{path}:{number}: {error!r}: write {{"id": "...", "reply": "..."}}')
     return header, replies if replies or own else sys.exit(f"{path} holds no replies")
 
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 def write_jsonl(path, rows):
     """All or nothing: under another name first."""
     with open(f"{path}.part", "w", encoding="utf-8") as f:
@@ -866,8 +878,12 @@ def generate_replies(vlm, tokenizer, items, root, args):
     items = sorted(items, key=lambda item: (not item["image_url"], -len(item["instruction"])))
     with tqdm(total=len(items), desc="replies", disable=not sys.stderr.isatty()) as bar:
         for part in (items[k:k + args.batch_size] for k in range(0, len(items), args.batch_size)):
-            # max_length: positions are rotary, no prompt is too long to be read
-            batch = make_batch(vlm, tokenizer, part, root=root, max_length=sys.maxsize, answer=False)
+            # No max_length: positions are rotary, no prompt is too long to be read
+            rows = [{"folder": root, "where": f"row {item['id']}"} | item for item in part]
+            try:
+                [batch], _ = make_batches(tokenizer, vlm.config, rows, answer=False)
+            except ValueError as error:
+                sys.exit(str(error))
             # float32 on a CPU: the same reply in any batch.  bfloat16 on a GPU: the last bits depend on the
             # batch, and now and then a token does.
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -881,7 +897,7 @@ def generate_replies(vlm, tokenizer, items, root, args):
 def model_replies(folder, path, header, items, root, args):
     """{id: reply}; decoded where path does not hold one of the same model, data and flags yet."""
     vlm, tokenizer = load_vlm(folder, header["device"])
-    header |= {"model_sha256": vlm.source_sha256}
+    header |= {"model_sha256": file_hashes(find_model(folder), WEIGHTS)}
     old, replies = read_replies(path, own=True)
     differ = [key for key in header if key != "scorer" and old.get(key) != header[key]]  # marks are made anew
     if differ and os.path.exists(path):
@@ -939,6 +955,29 @@ def evaluate(name, items, root, args):
 # ------------------------------------------------------------------------------------------------------------
 # The reports
 # ------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def caption_loss(vlm, tokenizer, folder, device):
+    """Nats a token for reading the numbers off 64 test pictures in data_gen.py's folder."""
+    manifest = read_json(folder, "manifest.json")
+    rows = []
+    for i in range(min(64, manifest["n_test"])):
+        problem = make_problem("test", i, manifest["seed"])
+        row = view(problem, "vision_dominant")  # its picture shows the numbers, its text does not say them
+        row["instruction"] = "Read the labels."  # as tiny/ learnt it
+        row["output"] = problem["numeric"]
+        rows.append(row | {"folder": folder, "where": problem["id"]})
+    [batch], _ = make_batches(tokenizer, vlm.config, rows)
+    batch = batch.to(device)
+    logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
+    return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
+
+def print_caption_loss(vlm, tokenizer, folder, device, when):
+    """A model that only ever gets text may unlearn to look: this number shows it. folder None: nothing."""
+    if folder is not None:
+        loss = caption_loss(vlm, tokenizer, folder, device)
+        if is_main_process():
+            print(f"caption loss {when}: {loss:.3f} nats a token", flush=True)
+
 def share(count):
     return count["correct"] / max(1, count["n"])
 

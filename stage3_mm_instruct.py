@@ -1,26 +1,30 @@
 """Stage 3: multimodal instruction tuning. Everything learns, on all versions of the problems.
 
     python stage3_mm_instruct.py                       # one process; 4 minutes on 2 CPU cores
-    torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters afterwards
+    torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters
 
-Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N and metrics.jsonl.
-Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from what differs, not the loss.
+Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N and
+metrics.jsonl.  Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from what
+differs, not the loss.
 
 What is new against stage 1:
-    TRAINABLE    all three parts.  Stage 2 taught the eyes to speak the language model's language while that
-                 stood still; now both may move towards each other.
-    the rows     all six versions of the problems, the two hardest twice as often, so the model keeps what it
-                 can do with text and learns the rungs that stage 2 never paired.
-    the loss     nothing: plain cross-entropy with the label again, as in the paper.  The teacher is gone: its
-                 language model, which stage 2 could trust to stand still, is now itself being changed.
+    TRAINABLE    all three parts.  Stage 2 taught the eyes to speak the language model's language
+                 while that stood still; now both may move towards each other.
+    the rows     all six versions of the problems, the two hardest twice as often, so the model
+                 keeps what it can do with text and learns the rungs that stage 2 never paired.
+    the loss     nothing: plain cross-entropy with the label again, as in the paper.  The teacher is
+                 gone: its language model, which stage 2 could trust to stand still, now changes.
     the order    nothing either: by the seed, with all versions mixed in a batch.
 
-The table at the end compares the model before and after.  text_only may move here, since the language
-model is no longer frozen; versions with a picture should rise.  `caption loss` says what reading for its own
-sake, which these rows do not ask for, costs afterwards.
+The table at the end compares the model before and after.  text_only may move here, since the
+language model is no longer frozen; versions with a picture should rise.  `caption loss` says what
+reading for its own sake, which these rows do not ask for, costs afterwards.
 
-Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the number of
-steps, and the learning rate, reported as 3e-5 at a batch of 256.  The loss and what learns are the paper's.
+Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the
+number of steps, and the learning rate, reported as 3e-5 at a batch of 256.  The loss and what
+learns are the paper's.
+
+To fork it, change first: TRAINABLE, who learns; and the loss between the two banners in main.
 """
 import argparse
 import functools
@@ -29,225 +33,334 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 import stage2_kl_align
-from model import (IGNORE, backbone_flags, caption_loss, finished, make_batch, open_data, peak_gigabytes,
-                   save_checkpoint, start_or_resume, start_vlm)
+from model import (IGNORE, ROW, JsonLines, is_finished, load_optimizer, make_batches, on_main_process, open_data,
+                   save_checkpoint, start_run, start_vlm)
 
-TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn in this stage: all
+TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn: all
+FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
+LOG_EVERY = 10  # steps between log lines
+BETAS = (0.9, 0.999)  # AdamW's (reported)
+LOG_LINE = ("step {step}/{steps} | loss {loss:.4f} | gnorm {gnorm:.2f} | lr {lr:.1e} | "
+            "{tok_s:,.0f} tok/s | {dropped:.1%} of the rows too long")
+
 
 def make_parser():
-    """script = default of the released training script, reported = the paper's value, quoted from memory."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """script = default of the released training script, reported = the paper's, from memory."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--init", default="out/stage2", help="model folder to start from; out/stage2 is made when missing")
-    backbone_flags(add)
-    add("--data", nargs="+", default=["data"], help="data_gen.py's folder (made if missing) or files")
-    add("--image_root", help="folder that pictures are in (default: the folder of each file)")
-    add("--check_data", action="store_true", help="list all rows that cannot be used and stop")
-    add("--max_bad", type=int, default=0, help="leave out up to so many rows that cannot be used")
+    add("--init", default="out/stage2", help="model folder to start from")
+    add("--llm", help="instead of --init: Qwen2 or Llama model, folder or Hugging Face id")
+    add("--vision", help="and with it: SigLIP model or vision tower, folder or id")
+    add("--projector", choices=["mlp", "gated"], help="a new one for these; None: mlp")
+    add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
     add("--out", default="out/stage3", help="run folder for checkpoints and metrics")
-    add("--steps", type=int, default=200, help="optimizer steps (ours: 0.8 passes over the default data)")
-    add("--batch", type=int, default=32, help="rows a step, all processes together (reported: 256)")
-    add("--micro_batch", type=int, default=16, help="rows a forward pass at most; not the result")
-    add("--lr", type=float, default=3e-4, help="peak learning rate (reported: 3e-5; tiny/ needs more)")
-    add("--warmup", type=float, default=0.02, help="share of the steps while it rises (reported)")
-    add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (reported, script: .1)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm, 0 = no limit (transformers' default)")
-    add("--max_length", type=int, default=1024, help="tokens of prompt, image and answer (script: 2048)")
-    add("--seed", type=int, default=3407, help="decides the order of the rows (script: 3407)")
-    add("--log_every", type=int, default=10, help="steps between log lines")
-    add("--save_every", type=int, default=500, help="steps between checkpoints; the last is always saved")
+    add("--steps", type=int, default=200, help="optimizer steps (ours: 0.8 passes)")
+    add("--batch", type=int, default=32, help="rows a step, all processes (reported: 256)")
+    add("--micro_batch", type=int, default=16, help="rows a forward pass; not the result")
+    add("--lr", type=float, default=3e-4, help="highest learning rate (reported: 3e-5)")
+    add("--warmup", type=float, default=0.02, help="share of steps while it rises (reported)")
+    add("--weight_decay", type=float, default=0.1, help="of matrices (reported, script)")
+    add("--clip", type=float, default=1.0, help="highest gradient norm, 0: no limit")
+    add("--max_length", type=int, default=1024, help="tokens; longer rows drop (script: 2048)")
+    add("--seed", type=int, default=3407, help="of row order, new projector (script: 3407)")
+    add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
+        help="processes that make batches, for each that trains")
+    add("--save_every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from --out")
-    add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with the table")
+    add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with a table")
     return parser
 
+
 # >>> identical in stage1/2/3: flags
+LOWEST = {"batch": 1, "micro_batch": 1, "max_length": 1, "save_every": 1, "tau": 0.01}  # others: 0
+HIGHEST = {"warmup": 1, "alpha": 1, "lam": 1}  # others: 10 ** 9
+
+
 def parse_args(argv=None):
-    """The flags, printed with a * behind those that are not the default: a log then says what was run."""
+    """The flags, checked before anything runs. What is not the default is printed, with a *."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if min(args.batch, args.micro_batch, args.log_every, args.save_every) < 1 or args.steps < 0:
-        parser.error("--batch, --micro_batch, --log_every, --save_every must be 1 or more, --steps 0 or more")
-    if bool(args.llm) != bool(args.vision) or args.llm and args.init != parser.get_default("init"):
+    line = os.path.basename(__file__)
+    for flag, value in vars(args).items():
+        lowest = LOWEST.get(flag, 0)
+        highest = HIGHEST.get(flag, 10 ** 9)
+        if isinstance(value, (int, float)) and not lowest <= value <= highest:  # nor not a number
+            parser.error(f"--{flag} {value}: give a value from {lowest} to {highest}")
+        if value != parser.get_default(flag):
+            line += f" {flag}={value}*"
+
+    if bool(args.llm) != bool(args.vision) or (args.llm and " init=" in line):
         parser.error("--llm and --vision go together, and stand instead of --init")
-    args.init = None if args.llm else args.init
-    if int(os.environ.get("RANK", 0)) == 0:
-        values = (f"{k}={v}" + "*" * (v != parser.get_default(k)) for k, v in vars(args).items())
-        print(os.path.basename(__file__), *values, flush=True)
+    if args.projector and not args.llm:
+        parser.error("--projector is for --llm and --vision; --init has its own")
+    if args.llm:
+        args.init = None
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
     return args
 # <<<
+
 
 # >>> identical in stage1/2/3: distributed
 def setup_distributed():
     """-> (rank, world size, device). torchrun starts the processes and tells each who it is."""
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():  # it is when a later stage has to run this one first
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # It is initialized already when a later stage has to run this one first.
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
     return rank, world, device
 
-def total(*values, device):
-    """Sums over all processes. float64, so that counts of tokens stay exact."""
-    t = torch.tensor(values, dtype=torch.float64, device=device)
+
+def sum_over_processes(values, device):
+    """A list of numbers, each summed over all processes. float64: counts of tokens stay exact."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(t)
-    return t.tolist()
+        dist.all_reduce(sums)
+    return sums.tolist()
 # <<<
+
 
 # >>> identical in stage1/2/3: schedule and order
 def learning_rate(step, args):
     """Linear warm-up to --lr, then a cosine that would reach 0 one step after the last."""
-    warmup = math.ceil(args.warmup * args.steps)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+    warmup_steps = math.ceil(args.warmup * args.steps)
+    if step < warmup_steps:
+        return args.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, args.steps - warmup_steps)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
 
 @functools.lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
-def shuffled(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def shuffled(n_rows, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
-def rows_of_step(step, rows, args, rank, world, suffix=""):
-    """This process's rows of a global batch, a list for each micro-batch: a function of the step alone.
 
-    Not a DataLoader with a sampler: there is no state to save, so a resumed run and a run on other processes
-    see the same batches.  The end of an epoch does not cut a batch short.  Inside a batch the order is free,
-    since its loss is one sum: rows alike in length share a micro-batch, and less of it is padding.
+def rows_of_step(step, rows, args, rank, world):
+    """This process's rows of the global batch of a step, as a list of micro-batches.
+
+    The rows are a function of the step alone, so there is no state to save, and a resumed run and a
+    run on more processes see the same batches.  An epoch is a permutation of all rows; its end does
+    not cut a batch short, the next epoch fills it up.
     """
-    n, places = len(rows), range(step * args.batch, (step + 1) * args.batch)
-    batch = [rows[int(shuffled(n, args.seed, place // n)[place % n])] for place in places]
-    batch.sort(key=lambda row: (row[f"image_url{suffix}"] != "",
-                                len(row[f"instruction{suffix}"]) + len(row[f"output{suffix}"])))
-    mine = batch[rank::world]  # every world-th: nothing to agree upon, and all have about as much to do
+    batch = []
+    for position in range(step * args.batch, (step + 1) * args.batch):
+        epoch, place = divmod(position, len(rows))
+        index = int(shuffled(len(rows), args.seed, epoch)[place])
+        batch.append(rows[index])
+
+    # Inside a batch the order is free, since its loss is one sum.  Rows alike in length, with or
+    # without a picture, share a micro-batch: less of it is padding.
+    form = FORMS[-1]
+    batch.sort(key=lambda row: len(row[f"instruction{form}"]) + len(row[f"output{form}"]))
+    batch.sort(key=lambda row: row[f"image_url{form}"] != "")  # keeps the order of equal ones
+    mine = batch[rank::world]  # rows rank, rank + world, ...: short and long ones for everyone
     return [mine[k:k + args.micro_batch] for k in range(0, len(mine), args.micro_batch)]
 # <<<
 
+
+# >>> identical in stage1/2/3: batches
+@dataclass
+class StepBatches(Dataset):
+    """Item `step`: this process's micro-batches of that step, and the number of rows dropped.
+
+    A micro-batch is a list with one Batch for each of FORMS.  A DataLoader's workers get a copy of
+    this object: it holds line numbers and a tokenizer, never the model.
+    """
+    rows: JsonLines
+    tokenizer: PreTrainedTokenizerFast
+    config: dict  # of the VLM
+    args: argparse.Namespace
+    rank: int
+    world: int
+
+    def __getitem__(self, step):
+        micro_batches = []
+        n_answer_tokens = 0
+        n_tokens = 0
+        n_dropped = 0
+        for rows in rows_of_step(step, self.rows, self.args, self.rank, self.world):
+            batches, dropped = make_batches(
+                self.tokenizer, self.config, rows, FORMS, self.args.max_length)
+            micro_batches.append(batches)
+            n_answer_tokens += int((batches[0].labels != IGNORE).sum())
+            n_tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
+            n_dropped += dropped
+        return micro_batches, [n_answer_tokens, n_tokens, n_dropped]
+
+
+def batches_of_steps(dataset, first_step):
+    """Yields (step, micro-batches, counts) for the rest of the run, under a progress bar."""
+    args = dataset.args
+    # By its other strategy each tensor on its way holds a file descriptor, and they run out.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    steps = range(first_step, args.steps)
+    loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
+    hidden = True if dataset.rank > 0 else None  # None: shown on a terminal, not in a log file
+    bar = tqdm(steps, initial=first_step, total=args.steps, disable=hidden)
+    try:
+        for step, (micro_batches, counts) in zip(bar, loader):
+            yield step, micro_batches, counts
+    except ValueError as error:  # a bad picture; of a worker's traceback only the last line says it
+        sys.exit(str(error).strip().split("\n")[-1])
+# <<<
+
+
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
-    """AdamW over exactly the trainable parameters. Norms and biases are not decayed: they only set scales."""
-    trainable = [p for p in vlm.parameters() if p.requires_grad]
-    assert len(trainable) == sum(name.split(".")[0] in TRAINABLE for name, _ in vlm.named_parameters())
-    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))  # betas: reported
+    """AdamW over exactly what learns. Norms and biases are not decayed: they only set scales."""
+    learning = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in learning if parameter.ndim > 1]
+    vectors = [parameter for parameter in learning if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
 
-def write_log(args, line, numbers, lost):
-    """One fixed sentence for the reader, the same numbers for a plot. lost: since the last line."""
-    if any(lost):  # too long for --max_length: never silent
-        line += f" | too long: {lost[0]} rows dropped, {lost[1]} answers cut"
-    numbers |= {"dropped": int(lost[0]), "cut": int(lost[1])}
-    lost[:] = 0
+
+def write_log(args, device, numbers):
+    """LOG_LINE for the reader, the same numbers in metrics.jsonl for a plot.
+
+    Only ever appended to: after a resume a step may stand there twice, the last line counts.
+    """
+    line = LOG_LINE.format(**numbers)
+    if device.type == "cuda":
+        line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
     tqdm.write(line)  # not print: it would tear the progress bar
     with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(numbers) + "\n")
 # <<<
 
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     if args.batch < world:
-        sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row: raise it")
-    rows, folder = open_data(args, rank, "stage3.jsonl")
-    if args.init == "out/stage2" and not finished(args.init):
+        sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row")
+    rows, folder = open_data(args.data, "stage3.jsonl", ROW)
+    if args.init == "out/stage2" and not on_main_process(is_finished, args.init):
         if rank == 0:
-            print(f"{args.init} is missing or unfinished: stage 2 first, 5 minutes on 2 cores", flush=True)
+            print(f"{args.init} is missing or unfinished: stage 2 first, 5 minutes on 2 CPU cores")
         stage2_kl_align.main(["--data", folder or "data", "--out", args.init, "--no-evaluate"])
-        if world > 1:
-            dist.barrier()  # rank 0 may still be writing
-    vlm, tokenizer = start_vlm(args, device, TRAINABLE)
-    # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for ever; and
-    # before the optimizer, which would decay even a weight that never gets a gradient.
+
+    # A run explains itself: flags, parent, data and the text of this very script are in every
+    # checkpoint.  Only rank 0 looks for one: to trust it, it has to read all of its bytes.
+    run, checkpoint = on_main_process(start_run, args, rows, __file__)
+    vlm, tokenizer = start_vlm(args, checkpoint, device, TRAINABLE)
+
+    # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for
+    # ever; and before the optimizer, which would decay even a weight that never gets a gradient.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
+        n_parameters = sum(parameter.numel() for parameter in child.parameters())
         if rank == 0:
-            size = sum(p.numel() for p in child.parameters())
-            print(f"{name}: {size:,} parameters, {'trained' if name in TRAINABLE else 'frozen'}")
+            print(f"{name}: {n_parameters:,} parameters, "
+                  f"{'trained' if name in TRAINABLE else 'frozen'}")
     optimizer = make_optimizer(vlm, args)
-    # A run explains itself: flags, parent, data and the text of this very script go into every checkpoint.
-    with open(__file__, encoding="utf-8") as f:
-        run = {"flags": vars(args), "init_sha256": vlm.source_sha256, "data_sha256": rows.sha256(),
-               "script": f.read()}
-    start = start_or_resume(args, vlm, optimizer, run, rank)
-    # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged while
-    # backward runs.  vlm stays the bare module: whatever is not trained through is asked of it.
-    model = DistributedDataParallel(vlm) if world > 1 else vlm
-    vlm.train()
-    begun, tokens, lost = time.time(), 0, np.zeros(2, int)
-    reading = caption_loss(vlm, tokenizer, folder, device) if rank == 0 and folder else None
+    first_step = load_optimizer(checkpoint, vlm, optimizer) if checkpoint else 0
 
-    quiet = rank > 0 or not sys.stderr.isatty()  # one bar, and none in a log file
-    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=quiet):
+    # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged
+    # while backward runs.  vlm stays the bare module: what is not trained through is asked of it.
+    model = DistributedDataParallel(vlm) if world > 1 else vlm
+    evaluation.print_caption_loss(vlm, tokenizer, folder, device, "before")
+    vlm.train()  # of these backbones nothing behaves otherwise: none has dropout
+    dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
+    started = time.perf_counter()
+    tokens_seen = 0
+    rows_dropped = 0
+
+    for step, micro_batches, counts in batches_of_steps(dataset, first_step):
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        parts = rows_of_step(step, rows, args, rank, world)
-        batches = [make_batch(vlm, tokenizer, part, max_length=args.max_length).to(device)
-                   for part in parts]
-        # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are counted
-        # first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it would weigh short
-        # answers more.
-        n_tokens, n_seen, *n_lost = total(sum(int((b.labels != IGNORE).sum()) for b in batches),
-                                          sum(int(b.attention_mask.sum()) for b in batches),
-                                          *sum(b.lost for b in batches).tolist(), device=device)
+            group["lr"] = lr
+
+        # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are
+        # counted first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it
+        # would weigh short answers more.
+        n_answer_tokens, n_tokens, n_dropped = sum_over_processes(counts, device)
         loss_here = 0.0
 
-        # ================================= the method: one step of stage 3 ==================================
-        for k, batch in enumerate(batches):
+        # ========================= the method: one step of stage 3 ==========================
+        for k, [batch] in enumerate(micro_batches):
+            batch = batch.to(device)
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
-                model.require_backward_grad_sync = k == len(batches) - 1
+                model.require_backward_grad_sync = (k == len(micro_batches) - 1)
+            # autocast runs the matrix products in bfloat16 and keeps weights and sums in float32.
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                # Only rows that predict an answer token come back, N of B x L: a prompt is given, not learnt,
-                # and with a real vocabulary its logits would be most of the memory of a step.
+                # Only rows that predict an answer token come back, N of B x L: a prompt is given,
+                # not learnt, and with a real vocabulary its logits would fill most of the memory.
                 hidden = model(batch)  # (N, H)
                 logits = F.linear(hidden, vlm.lm_head)  # (N, V)
             labels = batch.labels[batch.labels != IGNORE]  # (N,)
-            # .float(): a log-softmax in bfloat16 has two digits.  No GradScaler: that is for float16, whose
-            # small gradients become 0; bfloat16 has float32's range.
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, n_tokens)
-            (loss * world).backward()  # DDP takes the mean over processes; x world makes it the sum we want
-            loss_here += loss.item()
-        # ================================== from here on only bookkeeping ===================================
+            # .float(): a log-softmax in bfloat16 has two digits.  No GradScaler: that is for
+            # float16, whose small gradients become 0; bfloat16 has float32's range.
+            loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
+            loss = loss_sum / max(1, n_answer_tokens)
+            (loss * world).backward()  # DDP takes the mean over processes: x world, the sum
+            loss_here += loss.detach()
+        # ========================== from here on only bookkeeping ===========================
 
-        # What we believe: each weight that learns got a gradient in this step, and no frozen one did.
-        assert all((p.grad is not None) == p.requires_grad for p in vlm.parameters())
-        # Clip the gradient of the whole step, after the last micro-batch: clipped parts have another sum.
+        # What we believe: each weight that learns got a gradient in this step, and no frozen one.
+        for name, parameter in vlm.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+        # Clip the gradient of the whole step, after the last micro-batch: clipped parts have
+        # another sum.
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
-        loss_all, = total(loss_here, device=device)
-        if not math.isfinite(loss_all + norm):  # the same sums on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss_all}, gradient norm {norm}: stopped before the step, not "
-                     "saved; a lower --lr may help; rows here: "
-                     f"{[row['id'] for part in parts for row in part]}")
+        [loss] = sum_over_processes([loss_here], device)
+        if not math.isfinite(loss + norm):  # the same on all processes, so all of them stop here
+            sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}: not saved; a lower --lr "
+                     "may help")
         optimizer.step()
         optimizer.zero_grad()
-        done, tokens, lost = step + 1, tokens + n_seen, lost + np.array(n_lost, int)
-        if rank == 0 and (done % args.log_every == 0 or done == args.steps):
-            lr, speed = optimizer.param_groups[0]["lr"], tokens / (time.time() - begun)
-            gb = peak_gigabytes(device)
-            line = f"step {done}/{args.steps} | loss {loss_all:.4f}"
-            write_log(args, f"{line} | gnorm {norm:.2f} | lr {lr:.1e} | {speed:,.0f} tok/s | {gb:.1f} GB",
-                      {"step": done, "loss": loss_all, "gnorm": norm, "lr": lr, "tok_s": speed, "gb": gb},
-                      lost)
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.out, done, vlm, tokenizer, optimizer, {"run": run})
-    if rank == 0:
-        if args.steps == 0:  # nothing to train, but whoever asked wants a model there
-            save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, {"run": run})
-        if reading is not None:  # a model that only ever gets text may unlearn to look: watch this number
-            now = caption_loss(vlm, tokenizer, folder, device)
-            print(f"caption loss: {reading:.3f} before, {now:.3f} after, nats a token")
-        print(f"stage 3 done in {time.time() - begun:.0f} s: {args.out}/step-{args.steps}", flush=True)
-        if args.evaluate and folder:  # the table is of data_gen.py's test problems
-            evaluation.main([*filter(None, [args.init]), args.out, "--data", folder])
+
+        done = step + 1
+        is_last = done == args.steps
+        tokens_seen += n_tokens
+        rows_dropped += n_dropped
+        if rank == 0 and (done % LOG_EVERY == 0 or is_last):
+            write_log(args, device, {
+                "step": done,
+                "steps": args.steps,
+                "loss": loss,
+                "gnorm": norm,
+                "lr": lr,
+                "tok_s": tokens_seen / (time.perf_counter() - started),
+                "dropped": rows_dropped / ((done - first_step) * args.batch),
+            })
+        if rank == 0 and (done % args.save_every == 0 or is_last):
+            save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)
+
+    evaluation.print_caption_loss(vlm, tokenizer, folder, device, "after")
+    if rank > 0:
+        return
+    if args.steps == 0:  # nothing to train, but whoever asked wants a model there
+        save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
+    seconds = time.perf_counter() - started
+    print(f"stage 3 done in {seconds:.0f} s: {args.out}/step-{args.steps}", flush=True)
+    if args.evaluate and folder:  # the table is of data_gen.py's test problems
+        evaluation.main([*filter(None, [args.init, args.out]), "--data", folder])
+
 
 if __name__ == "__main__":
     main()

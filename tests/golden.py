@@ -59,8 +59,11 @@ def batches(data):
     result = {}
     for version in data_gen.LADDER:
         problems = [data_gen.make_problem("train", i) for i in range(PROBLEMS)]
-        rows = [data_gen.view(problem, version) for problem in problems]
-        batch = model.make_batch(vlm, tokenizer, rows, root=data)
+        rows = []
+        for problem in problems:
+            row = data_gen.view(problem, version)
+            rows.append(row | {"folder": data, "where": problem["id"]})
+        [batch], _ = model.make_batches(tokenizer, vlm.config, rows)
         result[version] = {
             "input_ids": digest_of([batch.input_ids]),
             "labels": digest_of([batch.labels]),
