@@ -36,6 +36,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig,
                           SiglipVisionModel)
 from transformers.utils import logging as transformers_logging
@@ -264,25 +265,19 @@ def encode_example(tokenizer, config, row, form="", answer=True):
 
 def collate(examples, pad_id, size, left=False):
     """Results of encode_example -> Batch, padded on the right, or on the left for generation."""
-    B = len(examples)
-    L = max(1, max(len(ids) for ids, _, _ in examples))  # 1: all rows may have been dropped
-    input_ids = np.full((B, L), pad_id)
-    attention_mask = np.zeros((B, L), dtype=np.int64)
-    labels = np.full((B, L), IGNORE)
+    side = "left" if left else "right"
+
+    def pad(lists, value):  # -> (B, L)
+        tensors = [torch.tensor(numbers) for numbers in lists]
+        return pad_sequence(tensors, True, value, side)
+
     pictures = [torch.zeros(0, 3, size, size)]  # for a batch without any
-    for b, (ids, targets, pixels) in enumerate(examples):
-        start = L - len(ids) if left else 0
-        places = slice(start, start + len(ids))
-        input_ids[b, places] = ids
-        attention_mask[b, places] = 1
-        labels[b, places] = targets
-        if pixels is not None:
-            pictures.append(pixels[None])
+    pictures += [pixels[None] for _, _, pixels in examples if pixels is not None]
     return Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(attention_mask),
-        torch.cat(pictures),
-        torch.from_numpy(labels),
+        input_ids=pad([ids for ids, _, _ in examples], pad_id),
+        attention_mask=pad([[1] * len(ids) for ids, _, _ in examples], 0),
+        pixel_values=torch.cat(pictures),
+        labels=pad([labels for _, labels, _ in examples], IGNORE),
     )
 
 
@@ -292,11 +287,12 @@ def make_batches(tokenizer, config, rows, forms=("",), max_length=None, answer=T
     forms       ("",) for single rows, ("", "_2") for the two forms of a pair
     max_length  A row with a form of more tokens is dropped, all forms of it: one of a million must
                 not end a run in its third hour.  It is not cut: an answer without its end would
-                teach not to end.  It stays as a row of padding, so that under DDP every process has
-                its backward pass.
+                teach not to end.  A row of padding stands for it, so that under DDP every process
+                has its backward pass.
     answer      False: prompts only, padded on the left, for generation
     """
     examples = {form: [] for form in forms}
+    padding = ([tokenizer.pad_token_id], [IGNORE], None)
     n_dropped = 0
     for row in rows:
         encoded = {form: encode_example(tokenizer, config, row, form, answer) for form in forms}
@@ -304,7 +300,7 @@ def make_batches(tokenizer, config, rows, forms=("",), max_length=None, answer=T
         too_long = max_length is not None and longest > max_length
         n_dropped += too_long
         for form in forms:
-            examples[form].append(([], [], None) if too_long else encoded[form])
+            examples[form].append(padding if too_long else encoded[form])
 
     pad_id = tokenizer.pad_token_id
     size = config["image_size"]
@@ -407,7 +403,8 @@ def check_row(row, fields):
         text = row.get(field)
         if not isinstance(text, str):
             raise ValueError(f"{row['where']}: field {field!r} is missing or not a string")
-        text.encode()  # "\ud800", half a character, passes as JSON and stops a tokenizer
+        if re.search("[\ud800-\udfff]", text):  # passes as JSON and stops a tokenizer
+            raise ValueError(f"{row['where']}: field {field!r} holds half a character")
         if field.startswith("output") and not text.strip():
             raise ValueError(f"{row['where']}: field {field!r} is empty: nothing to learn")
         if field.startswith("image_url") and text:
@@ -726,7 +723,7 @@ def find_model(folder):
             sys.exit(f"{folder} holds no model: neither vlm.json nor a complete step-N checkpoint "
                      "(other layouts: see convert/; a language model alone goes to --llm)")
         return newest
-    is_checkpoint = os.path.exists(os.path.join(folder, "trainer_state.json"))
+    is_checkpoint = {"hashes.json", "trainer_state.json"} & set(os.listdir(folder))
     if is_checkpoint and not is_intact(folder):
         sys.exit(f"{folder} is damaged: its files do not match hashes.json; name another step or "
                  "train again")
@@ -736,10 +733,12 @@ def find_model(folder):
 def is_finished(out):
     """True when the newest checkpoint is its run's last: a half-trained model is no parent."""
     newest = newest_checkpoint(out)
-    if newest is None:
-        return False
-    state = read_json(newest, "trainer_state.json")
-    return state["step"] == state["run"]["flags"]["steps"]
+    if newest:
+        state = read_json(newest, "trainer_state.json")
+        if state["step"] == state["run"]["steps"]:
+            return True
+    print(f"{out} is missing or unfinished: it is made first", flush=True)
+    return False
 
 
 def start_run(args, rows, script):
@@ -754,11 +753,8 @@ def start_run(args, rows, script):
         parents = [find_model(args.init)]
     with open(script, encoding="utf-8") as f:
         text = f.read()
-    decides = {flag: value for flag, value in vars(args).items() if flag not in MAY_DIFFER}
-    decides["weights"] = [file_hashes(folder, WEIGHTS) for folder in parents]
-    decides["rows"] = rows.sha256
-    decides["script"] = text
-    run = {"flags": vars(args), "decides": decides}
+    weights = [file_hashes(folder, WEIGHTS) for folder in parents]
+    run = vars(args) | {"weights": weights, "rows": rows.sha256, "script": text}
 
     os.makedirs(args.out, exist_ok=True)
     if not args.resume:
@@ -770,11 +766,11 @@ def start_run(args, rows, script):
     if newest is None:
         return run, None
 
-    then = read_json(newest, "trainer_state.json")["run"]["decides"]
+    then = read_json(newest, "trainer_state.json")["run"]
     differences = []
-    for what, value in decides.items():
-        if then.get(what) != value:
-            is_flag = what in run["flags"]
+    for what, value in run.items():
+        if what not in MAY_DIFFER and then.get(what) != value:
+            is_flag = hasattr(args, what)
             differences.append(f"--{what} was {then.get(what)}" if is_flag else f"other {what}")
     if differences:
         sys.exit(f"{newest} is from another run ({', '.join(differences)}): give its flags, "

@@ -2,7 +2,7 @@
 
     torchrun stage2_kl_align.py                       # data, stage 1, stage 2, table: 5 minutes
     torchrun --nproc_per_node 8 stage2_kl_align.py    # 8 processes: same batches, same parameters
-    python stage2_kl_align.py --show 1                # one pair, token by token, as the loss sees it
+    python stage2_kl_align.py --show 1                # one pair, token by token
 
 Every row is a pair: one problem text-rich (strong) and vision-rich (weak), with one answer.  The
 strong form runs without gradient; the weak form's next-token distribution is pulled up to it at
@@ -13,8 +13,8 @@ Differs from the paper in: the model and the data; four rungs of data_gen.py's l
 paper's levels; every level is pulled to the text (--pairs top), not to its neighbour; --lam is 0.5.
 Differs from the released code in: the README's section "Paper, released code, this code".
 
-In this order: flags; the blocks that all stages share; the loss (equations, textbook, how to make it
-fast, kernel); the two forms of a pair; --show; main.
+In this order: flags; the blocks that all stages share; the loss (equations, textbook, how to make
+it fast, kernel); the two forms of a pair; --show; main.
 
 To fork it, change first: align_rows, the loss in twelve lines (with --kernel eager it runs on a GPU
 too); or TRAINABLE; or what stands between the two banners in main.
@@ -56,9 +56,9 @@ TRAINABLE = ("vision_model", "projector")  # the language model must come out bi
 FORMS = ("", "_2")  # of a pair, as suffixes of its fields: strong = teacher, weak = student
 LOG_EVERY = 10  # steps between log lines
 BETAS = (0.9, 0.999)  # AdamW's (reported)
-LOG_LINE = ("step {step}/{steps} | loss {loss:.4f} (kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} ce {ce:.2f}) "
-            "| agree {agree:.1%} | gnorm {gnorm:.2f} | lr {lr:.1e} | {tok_s:,.0f} tok/s | "
-            "{dropped:.1%} of the rows too long")
+LOG_LINE = ("step {step}/{steps} | loss {loss:.4f} (kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} "
+            "ce {ce:.2f}) | agree {agree:.1%} | gnorm {gnorm:.2f} | lr {lr:.1e} | "
+            "{rows_s:,.1f} pairs/s | {dropped:.1%} too long")
 
 
 def make_parser():
@@ -73,12 +73,12 @@ def make_parser():
     add("--projector", choices=["mlp", "gated"], help="a new one for these; None: mlp")
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
     add("--out", default="out/stage2", help="run folder for checkpoints and metrics")
-    add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: text, or one level up")
-    add("--alpha", type=float, default=0.5, help="of KL(teacher || student) (reported .2, script .5)")
-    add("--lam", type=float, default=0.5, help="share of the KL, rest: hard loss (reported, script .1)")
+    add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: text, or a level up")
+    add("--alpha", type=float, default=0.5, help="of KL(teacher||student) (reported .2, script .5)")
+    add("--lam", type=float, default=0.5, help="share of the KLs in the loss (reported, script .1)")
     add("--tau", type=float, default=1.0, help="temperature in the KL (reported, script: 1)")
-    add("--standardize", action="store_true", help="logits / their deviation in the KL (script: on)")
-    add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: triton on CUDA")
+    add("--standardize", action="store_true", help="logits / their deviation in the KLs (script)")
+    add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: by device")
     add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass)")
     add("--batch", type=int, default=32, help="pairs a step, all processes (reported: 64)")
     add("--micro_batch", type=int, default=16, help="pairs a forward pass; not the result")
@@ -98,8 +98,8 @@ def make_parser():
 
 
 # >>> identical in stage1/2/3: flags
-LOWEST = {"batch": 1, "micro_batch": 1, "max_length": 1, "save_every": 1, "tau": 0.01}  # others: 0
-HIGHEST = {"warmup": 1, "alpha": 1, "lam": 1}  # others: 10 ** 9
+AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every")  # all other numbers: 0
+AT_MOST_1 = ("warmup", "alpha", "lam")  # all others: a billion
 
 
 def parse_args(argv=None):
@@ -108,8 +108,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     line = os.path.basename(__file__)
     for flag, value in vars(args).items():
-        lowest = LOWEST.get(flag, 0)
-        highest = HIGHEST.get(flag, 10 ** 9)
+        lowest = 1 if flag in AT_LEAST_1 else 0
+        highest = 1 if flag in AT_MOST_1 else 10 ** 9
         if isinstance(value, (int, float)) and not lowest <= value <= highest:  # nor not a number
             parser.error(f"--{flag} {value}: give a value from {lowest} to {highest}")
         if value != parser.get_default(flag):
@@ -158,7 +158,7 @@ def learning_rate(step, args):
     warmup_steps = math.ceil(args.warmup * args.steps)
     if step < warmup_steps:
         return args.lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, args.steps - warmup_steps)
+    progress = (step - warmup_steps) / (args.steps - warmup_steps)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -193,7 +193,7 @@ def rows_of_step(step, rows, args, rank, world):
 # >>> identical in stage1/2/3: batches
 @dataclass
 class StepBatches(Dataset):
-    """Item `step`: this process's micro-batches of that step, and the number of rows dropped.
+    """Item `step`: this process's micro-batches of that step, their answer tokens, rows dropped.
 
     A micro-batch is a list with one Batch for each of FORMS.  A DataLoader's workers get a copy of
     this object: it holds line numbers and a tokenizer, never the model.
@@ -208,30 +208,27 @@ class StepBatches(Dataset):
     def __getitem__(self, step):
         micro_batches = []
         n_answer_tokens = 0
-        n_tokens = 0
         n_dropped = 0
         for rows in rows_of_step(step, self.rows, self.args, self.rank, self.world):
             batches, dropped = make_batches(
                 self.tokenizer, self.config, rows, FORMS, self.args.max_length)
             micro_batches.append(batches)
             n_answer_tokens += int((batches[0].labels != IGNORE).sum())
-            n_tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
             n_dropped += dropped
-        return micro_batches, [n_answer_tokens, n_tokens, n_dropped]
+        return micro_batches, n_answer_tokens, n_dropped
 
 
 def batches_of_steps(dataset, first_step):
-    """Yields (step, micro-batches, counts) for the rest of the run, under a progress bar."""
+    """Yields (step, item of StepBatches) for the rest of the run, under a progress bar."""
     args = dataset.args
     # By its other strategy each tensor on its way holds a file descriptor, and they run out.
     torch.multiprocessing.set_sharing_strategy("file_system")
     steps = range(first_step, args.steps)
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
-    hidden = True if dataset.rank > 0 else None  # None: shown on a terminal, not in a log file
-    bar = tqdm(steps, initial=first_step, total=args.steps, disable=hidden)
+    # One bar: rank 0's.  None: on a terminal only, not in a log file.
+    bar = tqdm(steps, initial=first_step, total=args.steps, disable=dataset.rank > 0 or None)
     try:
-        for step, (micro_batches, counts) in zip(bar, loader):
-            yield step, micro_batches, counts
+        yield from zip(bar, loader)
     except ValueError as error:  # a bad picture; of a worker's traceback only the last line says it
         sys.exit(str(error).strip().split("\n")[-1])
 # <<<
@@ -269,19 +266,19 @@ def write_log(args, device, numbers):
 # student's (weak form), y the next answer token, tau the temperature.
 #
 #     p = softmax(z_t / tau)      q = softmax(z_s / tau)
-#     L_FKL  = KL(p || q) = sum p (ln p - ln q)    KL(teacher || student): what it misses         (1)
-#     L_RKL  = KL(q || p) = sum q (ln q - ln p)    KL(student || teacher): what it makes up       (2)
-#     L_hard = -ln softmax(z_s)[y]                 cross-entropy with the label                   (3)
-#     L = lam tau^2 (alpha L_FKL + (1 - alpha) L_RKL) + (1 - lam) L_hard                          (4)
+#     L_FKL  = KL(p || q) = sum p (ln p - ln q)    KL(teacher || student): what it misses      (1)
+#     L_RKL  = KL(q || p) = sum q (ln q - ln p)    KL(student || teacher): what it makes up    (2)
+#     L_hard = -ln softmax(z_s)[y]                 cross-entropy with the label                (3)
+#     L = lam tau^2 (alpha L_FKL + (1 - alpha) L_RKL) + (1 - lam) L_hard                       (4)
 #
 # tau^2: a softmax at temperature tau has gradients smaller by 1 / tau^2 (Hinton et al., arXiv
 # 1503.02531).  Early in training L_FKL fits the head of the teacher's distribution and L_RKL its
-# tail (Wu et al., arXiv 2404.02657).  L is averaged over all N answer positions of the global batch.
+# tail (Wu et al., arXiv 2404.02657).  L is averaged over all answer positions of the global batch.
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
-# The textbook: the equations as they stand, the gradient by autograd.  It is what runs on a CPU, and
-# what the kernel further down is tested against.
+# The textbook: the equations as they stand, the gradient by autograd.  It is what runs on a CPU,
+# and what the kernel further down is tested against.
 
 CHUNK_ELEMENTS = 2 ** 19  # rows x V of a chunk: 2 MB a tensor, which stays in a CPU's caches
 MIN_ROWS = 128  # of a chunk: each reads all of W
@@ -316,7 +313,7 @@ def align_rows(hs, ht, W, labels, tau, standardize):
 
 
 def align_all_rows(hs, ht, W, labels, tau, standardize):
-    """align_rows over N rows, a chunk at a time: the logits of all of them may not fit in memory."""
+    """align_rows over N rows, a chunk at a time: the logits of all may not fit in memory."""
     n = max(MIN_ROWS, CHUNK_ELEMENTS // len(W))
     sums = torch.zeros(3, dtype=torch.float64, device=hs.device)
     for start in range(0, max(1, len(hs)), n):  # 1: the loss hangs on hs also when it has no row
@@ -331,7 +328,7 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 # How to make it fast on a GPU.
 #
 # Why T and D.  Teacher and student share the frozen lm_head W (V, H); ht, hs (N, H) are their rows.
-#     T = ht W^T      D = (hs - ht) W^T      z_t = T      z_s = T + D                             (5)
+#     T = ht W^T      D = (hs - ht) W^T      z_t = T      z_s = T + D                        (5)
 # and not z_s = hs W^T: a KL's gradient is a difference of two nearly equal distributions.  Rounding
 # both to bfloat16 leaves noise that stays when the student gets better; D shrinks with it, and
 # hs == ht gives exactly 0.
@@ -346,15 +343,15 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 #
 # Derivation.  For each row
 #     t = T / tau      e = D / tau      s = t + e
-#     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)              (6)
-#     delta = e - dL = ln q - ln p                                                                (7)
+#     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)         (6)
+#     delta = e - dL = ln q - ln p                                                           (7)
 # (6) never subtracts two rounded log-sum-exps.  Both KLs in Bregman form, where every term is >= 0:
-#     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                            (8)
-#     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))    gradient of the KLs by s   (9)
-#     G = g / tau + (1 - lam) (softmax(z_s) - onehot(y))               gradient by z_s           (10)
-#     dL/dhs = G W                                                                               (11)
+#     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                       (8)
+#     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))    gradient of the KLs by s  (9)
+#     G = g / tau + (1 - lam) (softmax(z_s) - onehot(y))               gradient by z_s      (10)
+#     dL/dhs = G W                                                                          (11)
 # Why two visits are enough: (9) needs L_RKL of the whole row, and by (7)
-#     L_RKL = sum q delta = sum q e - dL = B / Z_s - dL,   B = sum exp(s - max s) e              (12)
+#     L_RKL = sum q delta = sum q e - dL = B / Z_s - dL,   B = sum exp(s - max s) e         (12)
 # B and both Z can be summed in one visit with a running maximum: when a larger one comes, what was
 # summed so far is multiplied by exp(old - new).
 #
@@ -559,8 +556,9 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
         raise ValueError(f"alpha {alpha} and lam {lam} must be in [0, 1], tau {tau} above 0")
     if kernel == "auto":
         kernel = "triton" if hs.is_cuda and triton and not standardize else "eager"
-    if kernel == "triton" and (standardize or W.requires_grad):
-        raise ValueError("the kernel knows neither standardized logits nor a W that learns: eager")
+    W_learns = W.requires_grad and torch.is_grad_enabled()
+    if kernel == "triton" and (standardize or W_learns):
+        raise ValueError("standardized logits and a W that learns need kernel eager")
     if kernel == "triton" and not hs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel triton needs a CUDA device, or TRITON_INTERPRET=1 from the start")
 
@@ -584,7 +582,7 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
 # The two forms of a pair
 
 def pair_of_rows(vlm, model, strong, weak):
-    """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): one answer token a row."""
+    """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): one token a row."""
     labels = weak.labels[weak.labels != IGNORE]
     assert torch.equal(labels, strong.labels[strong.labels != IGNORE]), "a pair has two answers"
     with torch.no_grad():
@@ -628,7 +626,8 @@ def show_pair(args, vlm, tokenizer, row, device):
 
     print(f"strong: {row['instruction']}  [{row['image_url'] or 'no picture'}]")
     print(f"weak:   {row['instruction_2']}  [{row['image_url_2'] or 'no picture'}]\n")
-    print(" position   next token |      teacher prob |      student prob |  KL(t||s)  KL(s||t)     ce")
+    print(" position   next token |      teacher prob |      student prob |  KL(t||s)  KL(s||t)  "
+          "   ce")
     strong_positions = (strong.labels[0] != IGNORE).nonzero().flatten().tolist()
     weak_positions = (weak.labels[0] != IGNORE).nonzero().flatten().tolist()
     for k in range(len(labels)):
@@ -657,12 +656,10 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     if args.batch < world:
         sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row")
-    if args.standardize and args.kernel == "triton":
-        sys.exit("--standardize is in the textbook loss only: leave out --kernel triton")
+    if args.tau == 0 or (args.standardize and args.kernel == "triton"):
+        sys.exit("--tau must be above 0, and --standardize goes without --kernel triton")
     rows, folder = open_data(args.data, f"stage2_{args.pairs}.jsonl", PAIR)
     if args.init == "out/stage1" and not on_main_process(is_finished, args.init):
-        if rank == 0:
-            print(f"{args.init} is missing or unfinished: stage 1 first, a minute on 2 CPU cores")
         stage1_text_sft.main(["--data", folder or "data", "--out", args.init])
     if args.show is not None:
         if args.show >= len(rows):
@@ -693,10 +690,10 @@ def main(argv=None):
     before = fingerprint(vlm.language_model)  # not a copy: it would be as large as the model
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
-    tokens_seen = 0
+    rows_seen = 0
     rows_dropped = 0
 
-    for step, micro_batches, counts in batches_of_steps(dataset, first_step):
+    for step, (micro_batches, n_answer_tokens, n_dropped) in batches_of_steps(dataset, first_step):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -704,7 +701,7 @@ def main(argv=None):
         # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are
         # counted first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it
         # would weigh short answers more.
-        n_answer_tokens, n_tokens, n_dropped = sum_over_processes(counts, device)
+        n_answer_tokens, n_dropped = sum_over_processes([n_answer_tokens, n_dropped], device)
         is_logged = (step + 1) % LOG_EVERY == 0 or step + 1 == args.steps
         loss_here = kl_ts_here = kl_st_here = ce_here = agree_here = 0.0
 
@@ -743,7 +740,7 @@ def main(argv=None):
         optimizer.zero_grad()
 
         done = step + 1
-        tokens_seen += n_tokens
+        rows_seen += args.batch
         rows_dropped += n_dropped
         if rank == 0 and is_logged:
             write_log(args, device, {
@@ -756,8 +753,8 @@ def main(argv=None):
                 "agree": n_agree / max(1, n_answer_tokens),
                 "gnorm": norm,
                 "lr": lr,
-                "tok_s": tokens_seen / (time.perf_counter() - started),
-                "dropped": rows_dropped / ((done - first_step) * args.batch),
+                "rows_s": rows_seen / (time.perf_counter() - started),
+                "dropped": rows_dropped / rows_seen,
             })
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)

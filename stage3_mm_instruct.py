@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters
 
 Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N and
-metrics.jsonl.  Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from what
-differs, not the loss.
+metrics.jsonl.  Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from
+what differs, not the loss.
 
 What is new against stage 1:
     TRAINABLE    all three parts.  Stage 2 taught the eyes to speak the language model's language
@@ -46,15 +46,15 @@ from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 import stage2_kl_align
-from model import (IGNORE, ROW, JsonLines, is_finished, load_optimizer, make_batches, on_main_process, open_data,
-                   save_checkpoint, start_run, start_vlm)
+from model import (IGNORE, ROW, JsonLines, is_finished, load_optimizer, make_batches,
+                   on_main_process, open_data, save_checkpoint, start_run, start_vlm)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn: all
 FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
 LOG_EVERY = 10  # steps between log lines
 BETAS = (0.9, 0.999)  # AdamW's (reported)
 LOG_LINE = ("step {step}/{steps} | loss {loss:.4f} | gnorm {gnorm:.2f} | lr {lr:.1e} | "
-            "{tok_s:,.0f} tok/s | {dropped:.1%} of the rows too long")
+            "{rows_s:,.1f} rows/s | {dropped:.1%} too long")
 
 
 def make_parser():
@@ -87,8 +87,8 @@ def make_parser():
 
 
 # >>> identical in stage1/2/3: flags
-LOWEST = {"batch": 1, "micro_batch": 1, "max_length": 1, "save_every": 1, "tau": 0.01}  # others: 0
-HIGHEST = {"warmup": 1, "alpha": 1, "lam": 1}  # others: 10 ** 9
+AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every")  # all other numbers: 0
+AT_MOST_1 = ("warmup", "alpha", "lam")  # all others: a billion
 
 
 def parse_args(argv=None):
@@ -97,8 +97,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     line = os.path.basename(__file__)
     for flag, value in vars(args).items():
-        lowest = LOWEST.get(flag, 0)
-        highest = HIGHEST.get(flag, 10 ** 9)
+        lowest = 1 if flag in AT_LEAST_1 else 0
+        highest = 1 if flag in AT_MOST_1 else 10 ** 9
         if isinstance(value, (int, float)) and not lowest <= value <= highest:  # nor not a number
             parser.error(f"--{flag} {value}: give a value from {lowest} to {highest}")
         if value != parser.get_default(flag):
@@ -147,7 +147,7 @@ def learning_rate(step, args):
     warmup_steps = math.ceil(args.warmup * args.steps)
     if step < warmup_steps:
         return args.lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, args.steps - warmup_steps)
+    progress = (step - warmup_steps) / (args.steps - warmup_steps)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -182,7 +182,7 @@ def rows_of_step(step, rows, args, rank, world):
 # >>> identical in stage1/2/3: batches
 @dataclass
 class StepBatches(Dataset):
-    """Item `step`: this process's micro-batches of that step, and the number of rows dropped.
+    """Item `step`: this process's micro-batches of that step, their answer tokens, rows dropped.
 
     A micro-batch is a list with one Batch for each of FORMS.  A DataLoader's workers get a copy of
     this object: it holds line numbers and a tokenizer, never the model.
@@ -197,30 +197,27 @@ class StepBatches(Dataset):
     def __getitem__(self, step):
         micro_batches = []
         n_answer_tokens = 0
-        n_tokens = 0
         n_dropped = 0
         for rows in rows_of_step(step, self.rows, self.args, self.rank, self.world):
             batches, dropped = make_batches(
                 self.tokenizer, self.config, rows, FORMS, self.args.max_length)
             micro_batches.append(batches)
             n_answer_tokens += int((batches[0].labels != IGNORE).sum())
-            n_tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
             n_dropped += dropped
-        return micro_batches, [n_answer_tokens, n_tokens, n_dropped]
+        return micro_batches, n_answer_tokens, n_dropped
 
 
 def batches_of_steps(dataset, first_step):
-    """Yields (step, micro-batches, counts) for the rest of the run, under a progress bar."""
+    """Yields (step, item of StepBatches) for the rest of the run, under a progress bar."""
     args = dataset.args
     # By its other strategy each tensor on its way holds a file descriptor, and they run out.
     torch.multiprocessing.set_sharing_strategy("file_system")
     steps = range(first_step, args.steps)
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
-    hidden = True if dataset.rank > 0 else None  # None: shown on a terminal, not in a log file
-    bar = tqdm(steps, initial=first_step, total=args.steps, disable=hidden)
+    # One bar: rank 0's.  None: on a terminal only, not in a log file.
+    bar = tqdm(steps, initial=first_step, total=args.steps, disable=dataset.rank > 0 or None)
     try:
-        for step, (micro_batches, counts) in zip(bar, loader):
-            yield step, micro_batches, counts
+        yield from zip(bar, loader)
     except ValueError as error:  # a bad picture; of a worker's traceback only the last line says it
         sys.exit(str(error).strip().split("\n")[-1])
 # <<<
@@ -260,8 +257,6 @@ def main(argv=None):
         sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row")
     rows, folder = open_data(args.data, "stage3.jsonl", ROW)
     if args.init == "out/stage2" and not on_main_process(is_finished, args.init):
-        if rank == 0:
-            print(f"{args.init} is missing or unfinished: stage 2 first, 5 minutes on 2 CPU cores")
         stage2_kl_align.main(["--data", folder or "data", "--out", args.init, "--no-evaluate"])
 
     # A run explains itself: flags, parent, data and the text of this very script are in every
@@ -287,10 +282,10 @@ def main(argv=None):
     vlm.train()  # of these backbones nothing behaves otherwise: none has dropout
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
-    tokens_seen = 0
+    rows_seen = 0
     rows_dropped = 0
 
-    for step, micro_batches, counts in batches_of_steps(dataset, first_step):
+    for step, (micro_batches, n_answer_tokens, n_dropped) in batches_of_steps(dataset, first_step):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -298,7 +293,7 @@ def main(argv=None):
         # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are
         # counted first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it
         # would weigh short answers more.
-        n_answer_tokens, n_tokens, n_dropped = sum_over_processes(counts, device)
+        n_answer_tokens, n_dropped = sum_over_processes([n_answer_tokens, n_dropped], device)
         loss_here = 0.0
 
         # ========================= the method: one step of stage 3 ==========================
@@ -336,7 +331,7 @@ def main(argv=None):
 
         done = step + 1
         is_last = done == args.steps
-        tokens_seen += n_tokens
+        rows_seen += args.batch
         rows_dropped += n_dropped
         if rank == 0 and (done % LOG_EVERY == 0 or is_last):
             write_log(args, device, {
@@ -345,8 +340,8 @@ def main(argv=None):
                 "loss": loss,
                 "gnorm": norm,
                 "lr": lr,
-                "tok_s": tokens_seen / (time.perf_counter() - started),
-                "dropped": rows_dropped / ((done - first_step) * args.batch),
+                "rows_s": rows_seen / (time.perf_counter() - started),
+                "dropped": rows_dropped / rows_seen,
             })
         if rank == 0 and (done % args.save_every == 0 or is_last):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)

@@ -1,16 +1,17 @@
-"""Tokens, labels and pictures meet at the right positions; folders load whole or not at all."""
+"""Tokens, labels and pictures meet at the right positions; bad rows and pictures are refused."""
+import json
 import os
+import struct
+import tracemalloc
+import zlib
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-import model
-from model import IGNORE, encode_example, load_image, load_vlm, make_batch, read_rows, save_vlm
-
-TINY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tiny")
+import stage1_text_sft
+from helpers import TINY, batch_of, labels_of, pair, row, save_picture, write_rows
+from model import IGNORE, PAIR, ROW, JsonLines, check_rows, encode_example, load_image, load_vlm
 
 
 @pytest.fixture(scope="module")
@@ -19,147 +20,390 @@ def tiny():
 
 
 @pytest.fixture
-def picture(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (108, 108), np.uint8)).save(tmp_path / "p.png")
+def folder(tmp_path):
+    """A place with a picture, p.png, in it."""
+    save_picture(tmp_path / "p.png")
     return tmp_path
 
 
-def row(text="Find angle A.", answer="90-30=60. †Answer: 60°", image="p.png"):
-    return {"image_url": image, "instruction": text, "output": answer, "id": "x"}
+def encode(vlm, tokenizer, one, folder=".", **options):
+    complete = one | {"folder": str(folder), "where": "row 0"}
+    return encode_example(tokenizer, vlm.config, complete, **options)
 
 
-def test_labels_are_the_next_token(tiny, picture):
+# --------------------------------------------------------------------------------------------------
+# Tokens, labels, positions
+
+def test_labels_are_the_next_token(tiny, folder):
     vlm, tokenizer = tiny
-    ids, labels, pixels = encode_example(tokenizer, row(), image_tokens=vlm.image_tokens, root=picture,
-                                         size=108)
+    ids, labels, _ = encode(vlm, tokenizer, row(image_url="p.png"), folder)
     answer = tokenizer("90-30=60. †Answer: 60°").input_ids + [tokenizer.eos_token_id]
-    assert len(ids) == len(labels) and ids.count(vlm.image_token_id) == vlm.image_tokens == 81
-    kept = [t for t, y in enumerate(labels) if y != IGNORE]
-    assert [labels[t] for t in kept] == answer == [ids[t + 1] for t in kept]  # t predicts token t + 1
+    image_token_id = vlm.config["image_token_id"]
+    assert len(ids) == len(labels)
+    assert ids.count(image_token_id) == vlm.config["image_tokens"] == 81
+
+    learnt = [t for t, label in enumerate(labels) if label != IGNORE]
+    assert [labels[t] for t in learnt] == answer
+    assert [ids[t + 1] for t in learnt] == answer  # position t predicts token t + 1
+    assert ids[learnt[0] + 1:] == answer and labels[-1] == IGNORE
     assert tokenizer.decode(ids).startswith("<|im_start|>user\n<|image|>")
-    assert ids[kept[0] + 1:] == answer and labels[-1] == IGNORE
 
 
-def test_both_forms_of_a_pair_have_the_same_labels_in_the_same_order(tiny, picture):
+def test_both_forms_of_a_pair_have_the_same_labels_in_the_same_order(tiny, folder):
+    rows = [pair(), pair()]
+    strong, weak = batch_of(*tiny, rows, folder, ("", "_2"))
+    assert torch.equal(labels_of(strong), labels_of(weak))
+    assert strong.pixel_values.shape == (0, 3, 108, 108)
+    assert weak.pixel_values.shape == (2, 3, 108, 108)
+
+
+def test_special_tokens_typed_by_a_user_stay_text(tiny, folder):
     vlm, tokenizer = tiny
-    pair = row(image="", text="ABC is a triangle. Find angle A.") | {k + "_2": v for k, v in row().items()}
-    strong, weak = (make_batch(vlm, tokenizer, [pair, pair], s, picture) for s in ("", "_2"))
-    assert torch.equal(strong.labels[strong.labels != IGNORE], weak.labels[weak.labels != IGNORE])
-    assert strong.pixel_values.shape[0] == 0 and weak.pixel_values.shape == (2, 3, 108, 108)
-
-
-def test_special_tokens_typed_by_a_user_stay_text(tiny, picture):
-    vlm, tokenizer = tiny
-    text = "What is <|image|> or <|im_end|>?"
-    ids, _, _ = encode_example(tokenizer, row(text, "It is <|im_end|>."), image_tokens=81, root=picture,
-                               size=108)
-    assert ids.count(vlm.image_token_id) == 81
+    text = "What is <|image|> or <|im_end|> or <image>?"
+    typed = row(text, "It is <|im_end|>.", image_url="p.png")
+    ids, _, _ = encode(vlm, tokenizer, typed, folder)
+    assert ids.count(vlm.config["image_token_id"]) == 81
     assert ids.count(tokenizer.eos_token_id) == 2  # end of the user's turn, end of the answer
     assert text in tokenizer.decode(ids)
 
 
-def test_a_prompt_that_does_not_fit_is_dropped_and_a_long_answer_loses_its_tail(tiny):
-    tokenizer = tiny[1]
-    ids, labels, _ = encode_example(tokenizer, row(image="", answer="12 " * 100), image_tokens=81,
-                                    max_length=40)
-    assert len(ids) == len(labels) == 40 and labels[-1] != IGNORE
-    assert encode_example(tokenizer, row(image=""), image_tokens=81, max_length=5) == ([], [], None)
-    with pytest.raises(ValueError, match="row x.*--max_length is 5"):  # to be answered: no reply would fit it
-        encode_example(tokenizer, row(image=""), image_tokens=81, max_length=5, answer=False)
-
-
-def test_pictures_replace_their_own_placeholders(tiny, picture):
-    """Row 1 of a batch must get row 1's picture: swap the rows and the hidden states must follow."""
+def test_a_prompt_for_generation_ends_where_the_answer_begins(tiny, folder):
     vlm, tokenizer = tiny
-    Image.new("L", (108, 108), 255).save(picture / "white.png")
-    rows = [row(), row(image="", text="Find y."), row(image="white.png")]
-    a, b = (make_batch(vlm, tokenizer, r, root=picture) for r in (rows, rows[::-1]))
-    x, y = vlm.embed(a.input_ids, a.pixel_values), vlm.embed(b.input_ids, b.pixel_values)
-    assert torch.allclose(x.flip(0), y, atol=1e-6) and not torch.allclose(x[0], x[2], atol=1e-2)
-    with pytest.raises(ValueError, match="image placeholders"):
-        vlm.embed(a.input_ids, a.pixel_values[:1])
+    ids, labels, _ = encode(vlm, tokenizer, row(), answer=False)
+    whole, _, _ = encode(vlm, tokenizer, row())
+    assert ids == whole[:len(ids)] and set(labels) == {IGNORE}
+    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
 
 
-def test_right_padding_changes_nothing(tiny, picture):
-    vlm, tokenizer = tiny
-    short, long = row(), row(text="Find the area. " * 12)
+def test_padding_is_on_the_right_for_training_and_on_the_left_for_generation(tiny):
+    rows = [row("7*8="), row("Find the area. " * 5)]
+    [batch] = batch_of(*tiny, rows)
+    mask = batch.attention_mask[0].tolist()
+    assert mask == sorted(mask, reverse=True) and mask[-1] == 0
+    [batch] = batch_of(*tiny, rows, answer=False)
+    mask = batch.attention_mask[0].tolist()
+    assert mask == sorted(mask) and mask[0] == 0
+    assert batch.attention_mask[1].all()
+
+
+def test_right_padding_changes_nothing(tiny, folder):
+    vlm, _ = tiny
+    short = row(image_url="p.png")
+    long = row("Find the area. " * 12, image_url="p.png")
     with torch.no_grad():
-        alone = vlm(make_batch(vlm, tokenizer, [short], root=picture))
-        padded = vlm(make_batch(vlm, tokenizer, [short, long], root=picture))[:len(alone)]
-    assert torch.allclose(alone, padded, atol=1e-5)
+        alone = vlm(batch_of(*tiny, [short], folder)[0])
+        padded = vlm(batch_of(*tiny, [short, long], folder)[0])
+    assert torch.allclose(alone, padded[:len(alone)], atol=1e-5)
 
 
-def test_batched_greedy_decoding_equals_one_by_one(tiny, picture):
+def test_pictures_replace_their_own_placeholders(tiny, folder):
+    """Row 1 of a batch must get row 1's picture: swap the rows and the hidden rows must follow."""
+    vlm, _ = tiny
+    Image.new("L", (108, 108), 255).save(folder / "white.png")
+    rows = [row(image_url="p.png"), row("Find y."), row(image_url="white.png")]
+    [batch] = batch_of(*tiny, rows, folder)
+    [swapped] = batch_of(*tiny, rows[::-1], folder)
+    x = vlm.embed(batch.input_ids, batch.pixel_values)
+    y = vlm.embed(swapped.input_ids, swapped.pixel_values)
+    assert torch.allclose(x.flip(0), y, atol=1e-6)
+    assert not torch.allclose(x[0], x[2], atol=1e-2)
+    with pytest.raises(ValueError, match="162 image placeholders .* but 1 pictures need 81"):
+        vlm.embed(batch.input_ids, batch.pixel_values[:1])
+
+
+def test_batched_greedy_decoding_equals_one_by_one(tiny, folder):
     vlm, tokenizer = tiny
-    rows = [row(), row(image="", text="a=3, b=4. Multiply a and b."), row(text="Read the labels."),
-            row(image="", text="7*8=")]
-    decode = lambda some: vlm.generate(make_batch(vlm, tokenizer, some, root=picture, answer=False), 24,
-                                       tokenizer.eos_token_id, 0)
-    trim = lambda ids: ids[:ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-    assert [trim(i) for i in decode(rows).tolist()] == [trim(decode([r]).tolist()[0]) for r in rows]
+
+    def replies(rows):
+        [batch] = batch_of(vlm, tokenizer, rows, folder, answer=False)
+        ids = vlm.generate(batch, 24, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(ids)
+        return [text.split("<|im_end|>")[0] for text in texts]
+
+    rows = [row(image_url="p.png"), row("a=3, b=4. Multiply a and b."),
+            row("Read the labels.", image_url="p.png"), row("7*8=")]
+    assert replies(rows) == [replies([one])[0] for one in rows]
 
 
-def test_a_batch_without_pictures_still_reaches_the_encoder(tiny):
-    """Under DDP a rank without pictures must make (zero) encoder gradients, or the others wait for ever."""
+def test_a_batch_without_pictures_still_reaches_the_encoder():
+    """Under DDP a rank without pictures must make (zero) gradients, or the others wait for ever."""
     vlm, tokenizer = load_vlm(TINY)
     vlm.train()
-    vlm(make_batch(vlm, tokenizer, [row(image="")])).sum().backward()
-    grads = [p.grad for p in [*vlm.vision_model.parameters(), *vlm.projector.parameters()]]
-    assert all(g is not None and not g.any() for g in grads)
+    [batch] = batch_of(vlm, tokenizer, [row()])
+    vlm(batch).sum().backward()
+    for part in (vlm.vision_model, vlm.projector):
+        for parameter in part.parameters():
+            assert parameter.grad is not None and not parameter.grad.any()
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1", "I;16", "CMYK"])
+def test_a_frozen_encoder_is_not_run_without_pictures(monkeypatch):
+    """Stage 1 has no picture at all: a blank one would be most of its arithmetic."""
+    vlm, tokenizer = load_vlm(TINY)
+    vlm.train()
+    vlm.projector.requires_grad_(False)
+    monkeypatch.setattr(vlm.vision_model, "forward", lambda **_: pytest.fail("it was run"))
+    [batch] = batch_of(vlm, tokenizer, [row()])
+    assert vlm(batch).requires_grad
+
+
+def test_autocast_keeps_float32_between_layers(tiny, folder):
+    vlm, _ = tiny
+    [batch] = batch_of(*tiny, [row(image_url="p.png")], folder)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert vlm(batch).dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1", "CMYK"])
 def test_every_picture_mode_loads_and_transparent_means_white(tmp_path, mode):
-    image = (Image.new("RGBA", (20, 10), (0, 0, 0, 0)) if mode in ("RGBA", "LA", "P") else
-             Image.new("RGB", (20, 10), "white"))
-    if mode == "I;16":
-        Image.fromarray(np.full((10, 20), 65535, np.uint16)).save(tmp_path / "p.png")
-    else:
-        image.convert(mode).save(tmp_path / "p.png" if mode != "CMYK" else tmp_path / "p.tiff")
-    pixels = load_image(next(tmp_path.iterdir()), 16)
+    image = Image.new("RGB", (20, 10), "white")
+    if mode in ("RGBA", "LA", "P"):
+        image = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
+    path = tmp_path / ("p.tiff" if mode == "CMYK" else "p.png")
+    image.convert(mode).save(path)
+    pixels = load_image(path, 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     if mode != "P":
-        assert pixels.min() > .98
+        assert pixels.min() > 0.98
 
 
-def test_a_saved_folder_loads_bit_for_bit_and_generates_the_same(tiny, tmp_path):
+def test_white_is_1_black_is_minus_1_and_grey_is_0(tmp_path):
+    wanted = {255: 1.0, 0: -1.0, 128: 128 / 127.5 - 1}
+    for grey, want in wanted.items():
+        Image.new("L", (9, 9), grey).save(tmp_path / "p.png")
+        values = load_image(tmp_path / "p.png", 8).unique().tolist()
+        assert values == pytest.approx([want], abs=1e-6)
+
+
+@pytest.mark.parametrize("name,options", [
+    ("palette.png", {"mode": "P", "transparency": 0}),
+    ("grey.png", {"mode": "L", "transparency": 0}),
+    ("alpha.webp", {"mode": "RGBA", "lossless": True})])
+def test_transparency_of_every_kind_is_white(tmp_path, name, options):
+    image = Image.new(options.pop("mode"), (9, 9))
+    image.save(tmp_path / name, **options)
+    assert load_image(tmp_path / name, 8).min() == 1
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    white = Image.new("L", (20, 10), 255)
+    black = Image.new("L", (20, 10))
+    white.save(tmp_path / "g.gif", save_all=True, append_images=[black])
+    assert load_image(tmp_path / "g.gif", 8).min() == 1
+
+
+@pytest.mark.parametrize("width", [1, 5000])
+@pytest.mark.parametrize("height", [1, 5])
+def test_odd_sizes(tmp_path, width, height):
+    Image.new("RGB", (width, height), "white").save(tmp_path / "p.png")
+    assert load_image(tmp_path / "p.png", 8).shape == (3, 8, 8)
+
+
+def test_a_turned_photo_is_turned_back(tmp_path):
+    image = Image.new("L", (16, 16))
+    image.paste(255, (0, 0, 16, 8))  # white above
+    turn = Image.Exif()
+    turn[0x0112] = 6  # to be shown turned a quarter to the right
+    image.save(tmp_path / "p.png", exif=turn)
+    pixels = load_image(tmp_path / "p.png", 8)
+    left, right = pixels[:, :, 0], pixels[:, :, -1]
+    assert right.min() == 1
+    assert left.max() == -1
+
+
+def test_a_pad_color_keeps_the_aspect(tmp_path):
+    Image.new("RGB", (96, 48), "white").save(tmp_path / "p.png")
+    pixels = load_image(tmp_path / "p.png", 96, pad_color=[122, 116, 104])
+    margin = (pixels[:, 0, 0] + 1) * 127.5
+    assert margin.tolist() == pytest.approx([122, 116, 104])
+    assert pixels[:, 48, 48].min() > 0.99
+
+
+def png_that_claims(width, height):
+    """The bytes of a grey PNG without pixels."""
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content)
+        length = struct.pack(">I", len(content))
+        return length + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    content += chunk(b"IHDR", header)
+    content += chunk(b"IDAT", zlib.compress(b""))
+    return content + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content,message", [
+    (b"", "cannot identify"),
+    (b"Find angle A.", "cannot identify"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+    (png_that_claims(8000, 8000), "8000 x 8000 pixels, more than 50,000,000"),
+    (png_that_claims(60000, 60000), "pixels"),
+    ("half", "trunc"),
+    ("zeros inside", ""),
+    ("vanished", "No such file")])
+def test_a_broken_picture_names_row_and_file(folder, tiny, content, message):
     vlm, tokenizer = tiny
-    save_vlm(tmp_path, vlm, tokenizer)
-    again, tokenizer_again = load_vlm(tmp_path)
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in vlm.state_dict().items())
-    assert again.lm_head is again.language_model.get_input_embeddings().weight  # still tied
-    assert tokenizer_again("Find angle A. †").input_ids == tokenizer("Find angle A. †").input_ids
-    assert tokenizer_again.chat_template == tokenizer.chat_template
-
-
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
-def test_weights_that_do_not_fit_are_refused_by_name(tiny, tmp_path, damage):
-    save_vlm(tmp_path, *tiny)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "projector.up.weight"
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "extra":
-        tensors["projector.more"] = torch.zeros(2)
+    path = write_rows(folder / "d.jsonl", [row(image_url="p.png")])
+    [one] = JsonLines([path])
+    whole = (folder / "p.png").read_bytes()
+    if content == "half":
+        content = whole[:len(whole) // 2]
+    elif content == "zeros inside":
+        content = whole[:60] + b"\0" * 90 + whole[150:]
+    if content == "vanished":
+        (folder / "p.png").unlink()
     else:
-        tensors[name] = torch.zeros(2, 3)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(SystemExit, match=r"projector\.\w+.* in the file"):
-        load_vlm(tmp_path)
+        (folder / "p.png").write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        encode_example(tokenizer, vlm.config, one)
+    said = str(raised.value)
+    assert said.startswith(f"{folder}/d.jsonl:1: picture {folder}/p.png cannot be read: ")
+    assert message in said
 
 
-@pytest.mark.parametrize("line,message", [
-    ("{", ":2: "), ("[1]", ":2: not a JSON object"), ('{"image_url": ""}', ":2: field 'instruction'"),
-    ('{"image_url": "no.png", "instruction": "", "output": "", "id": "q7"}', ":2: row q7: picture .*no.png"),
-    ("\udcff", ":2: ")])
-def test_a_bad_row_names_file_and_line(tmp_path, line, message):
-    good = '{"image_url": "", "instruction": "a\u2028b", "output": "c"}'
-    (tmp_path / "d.jsonl").write_bytes((good + "\n" + line + "\n").encode("utf-8", "surrogateescape"))
-    with pytest.raises(SystemExit, match="d.jsonl" + message):
-        read_rows(str(tmp_path / "d.jsonl"))
+# --------------------------------------------------------------------------------------------------
+# Data files
+
+TRICKY = [row('},{"a":[1,2]'), row('say "x\\" ]', "\\"), row("a\u2028b\u0085c\xa0d"),
+          row("° √ π 𝒙", "†"), row("line\r\nbreak\ttab"), row("<|im_end|> <image>")]
 
 
-def test_tiny_fits_the_repository():
-    paths = [os.path.join(TINY, f) for f in os.listdir(TINY)]
-    assert sum(os.path.getsize(path) for path in paths if os.path.isfile(path)) <= 8e6
-    assert model.IMAGE_TOKEN == "<|image|>"
+def texts(rows):
+    return [[one[field] for field in ROW] for one in rows]
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", TRICKY)
+    rows = JsonLines([path])
+    check_rows(rows, ROW)
+    assert len(rows) == 6 and texts(rows) == texts(TRICKY)
+    assert rows[-1]["id"] == rows[-1]["where"] == f"{path}:6"
+    assert rows[0]["folder"] == str(tmp_path)
+
+
+def test_byte_order_mark_crlf_blank_lines_and_no_line_break_at_the_end(tmp_path):
+    lines = [json.dumps(one) for one in TRICKY[:4]]
+    text = "\ufeff" + "\r\n".join(lines[:3]) + "\r\n\r\n \n" + lines[3]
+    (tmp_path / "d.jsonl").write_bytes(text.encode())
+    rows = JsonLines([str(tmp_path / "d.jsonl")])
+    check_rows(rows, ROW)
+    assert texts(rows) == texts(TRICKY[:4])
+    numbers = [one["where"].split(":")[-1] for one in rows]
+    assert numbers == ["1", "2", "3", "6"]
+
+
+def test_null_and_absent_pictures_mean_text_only(tmp_path):
+    absent = {"instruction": "a", "output": "b"}
+    path = write_rows(tmp_path / "d.jsonl", [row(image_url=None), absent])
+    rows = JsonLines([path])
+    check_rows(rows, ROW)
+    assert [one["image_url"] for one in rows] == ["", ""]
+
+
+def test_several_files_are_one_in_the_order_given(tmp_path):
+    (tmp_path / "more").mkdir()
+    first = write_rows(tmp_path / "a.jsonl", TRICKY[:2])
+    second = write_rows(tmp_path / "more" / "b.jsonl", TRICKY[2:])
+    rows = JsonLines([first, second])
+    assert texts(rows) == texts(TRICKY)
+    assert rows[3]["where"] == f"{second}:2"
+    assert rows[3]["folder"] == str(tmp_path / "more")
+    assert rows.sha256 != JsonLines([second, first]).sha256
+
+
+def test_rows_stay_on_disk(tmp_path):
+    """10,000 rows of 1 kB: 10 MB as text, more as objects; what is kept is 24 bytes a row."""
+    path = write_rows(tmp_path / "d.jsonl", [row("x" * 900)] * 10000)
+    tracemalloc.start()
+    rows = JsonLines([path])
+    kept, peak = tracemalloc.get_traced_memory()
+    assert rows[9999]["instruction"] == "x" * 900
+    tracemalloc.stop()
+    assert kept < 3e5 and peak < 1.5e6
+
+
+BAD = [  # a line, and what is said about it behind file:2
+    ('{"image_url": "", "instruction": "a', "Invalid control character"),
+    ("[1]", "not a JSON object"),
+    ("null", "not a JSON object"),
+    ("{} {}", "Extra data"),
+    ('{"a": "\udcff"}', "'utf-8' codec"),
+    ('{"x":' + "[" * 100000 + "]" * 100000 + "}", "recursion"),
+    (row("\ud800"), "'instruction' holds half a character"),
+    (row(output=" "), "'output' is empty"),
+    (row(output=60), "'output' is missing or not a string"),
+    ({"instruction": "a"}, "'output' is missing"),
+    ({"output": "a"}, "'instruction' is missing"),
+    (row(image_url=3), "'image_url' is missing or not"),
+    (row(image_url="no.png"), "picture no.png is no file inside"),
+    (row(image_url="../out.png"), "picture ../out.png is no file inside"),
+    (row(image_url="link.png"), "picture link.png is no file inside"),
+    (row(image_url="http://x/p.png"), "picture http://x/p.png is no file inside"),
+    (row(image_url="."), "picture . is no file inside"),
+    (row(image_url="sub"), "picture sub is no file inside"),
+    (row(image_url="/etc/passwd"), "picture /etc/passwd is no file inside"),
+    (row(image_url="../data2/p.png"), "picture ../data2/p.png is no file inside"),
+    ({"conversations": []}, "convert/data.py"),
+    (row(input="a=3"), "convert/data.py"),
+]
+
+
+@pytest.fixture
+def outside(folder):
+    """A data folder below `folder`, with pictures outside of it and a link to one of them."""
+    for name in ("data", "data2"):  # the name of the second begins as the first's does
+        (folder / name).mkdir()
+        save_picture(folder / name / "p.png")
+    save_picture(folder / "out.png")
+    os.symlink(folder / "out.png", folder / "data" / "link.png")
+    (folder / "data" / "sub").mkdir()
+    return folder / "data"
+
+
+@pytest.mark.parametrize("line,message", BAD, ids=range(len(BAD)))
+def test_a_bad_line_stops_the_run_and_says_why(outside, line, message):
+    if isinstance(line, dict):
+        line = json.dumps(line)
+    path = write_rows(outside / "d.jsonl", [row(image_url="p.png"), line])
+    with pytest.raises(SystemExit) as stopped:
+        check_rows(JsonLines([path]), ROW)
+    said = stopped.value.code
+    assert said.startswith(f"{path}:2: ") and message in said and "\n" not in said
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"output_2": "7"}, "the answers of a pair differ"),
+    ({"output_2": None}, "'output_2' is missing"),
+    ({"instruction_2": None}, "'instruction_2' is missing"),
+    ({"image_url_2": "q.png"}, "picture q.png is no file")])
+def test_a_bad_pair(folder, change, message):
+    bad = write_rows(folder / "d.jsonl", [pair(**change)])
+    with pytest.raises(SystemExit, match=f"d.jsonl:1: .*{message}"):
+        check_rows(JsonLines([bad]), PAIR)
+    good = write_rows(folder / "d.jsonl", [pair()])
+    check_rows(JsonLines([good]), PAIR)
+
+
+@pytest.mark.parametrize("data,message", [
+    (["data", "a.jsonl"], "--data: data is no .jsonl file"),
+    (["a", "b"], "--data: a is no .jsonl file"),
+    (["no.jsonl"], "--data: no.jsonl is no .jsonl file"),
+    (["rows.json"], "--data: rows.json is no .jsonl file.*convert/data.py"),
+    (["empty.jsonl"], "empty.jsonl: no rows")])
+def test_what_is_no_data(data, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match=message):
+        stage1_text_sft.main(["--init", TINY, "--data", *data])
+
+
+def test_weights_of_tiny_fit_the_repository():
+    total = 0
+    for path, _, names in os.walk(TINY):
+        for name in names:
+            total += os.path.getsize(os.path.join(path, name))
+    assert total <= 8e6

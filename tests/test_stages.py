@@ -1,26 +1,25 @@
-"""The three loops: same text, same result for any number of processes, exact normalisation, exact resume."""
-import importlib.util
+"""The three loops: same text, same result for any number of processes and workers, exact resume."""
+import difflib
 import json
 import os
+import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import data_gen
+import eval as evaluation
 import model
 import stage1_text_sft
 import stage2_kl_align
 import stage3_mm_instruct
+from helpers import (STAGES, TINY, batch_of, cross_entropy, distance, equal, flags, labels_of,
+                     metrics, pair, row, save_picture, train, train_with_two_processes, weights,
+                     write_rows)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STAGES = {1: stage1_text_sft, 2: stage2_kl_align, 3: stage3_mm_instruct}
-TINY = os.path.join(ROOT, "tiny")
+LONG = "Find angle A. " * 40  # more than 130 tokens
 
 
 @pytest.fixture(scope="module")
@@ -30,117 +29,164 @@ def data(tmp_path_factory):
     return folder
 
 
-def flags(stage, data, out, **more):
-    base = {"init": TINY, "data": data, "out": out, "batch": 4, "micro_batch": 2, "steps": 3, "log_every": 1,
-            "lr": 1e-3} | more
-    return [f"--{k}={v}" for k, v in base.items()] + (["--no-evaluate"] if stage > 1 else [])
-
-
-def train(stage, data, out, **more):
-    STAGES[stage].main(flags(stage, data, str(out), **more))
-    return weights(out)
-
-
-def weights(out):
-    tensors = load_file(os.path.join(model.newest_checkpoint(str(out)), "model.safetensors"))
-    return {name: t.clone() for name, t in tensors.items()}  # not memory-mapped: some tests damage the file
-
-
-def distance(a, b):
-    """||a - b|| / ||b|| over all parameters. Not the largest difference: where a gradient is pure rounding
-    noise, Adam turns it into a step of up to lr either way."""
-    norm = lambda pairs: sum(((x.double() - y) ** 2).sum().item() for x, y in pairs) ** 0.5
-    return norm((a[k], b[k].double()) for k in b) / norm((b[k], 0.0) for k in b)
-
-
 def source(stage):
     with open(STAGES[stage].__file__, encoding="utf-8") as f:
         return f.read()
 
 
+# --------------------------------------------------------------------------------------------------
+# The text
+
 def test_blocks_marked_identical_are_identical():
-    blocks = [re.findall(r"# >>> identical in stage1/2/3: .*?\n# <<<\n", source(k), re.S) for k in (1, 2, 3)]
-    assert blocks[0] == blocks[1] == blocks[2] and len(blocks[0]) >= 4
+    block = re.compile(r"# >>> identical in stage1/2/3: .*?\n# <<<\n", re.S)
+    one = block.findall(source(1))
+    assert len(one) == 5
+    assert one == block.findall(source(2))
+    assert one == block.findall(source(3))
 
 
 def test_stage3_is_stage1_with_a_small_diff():
-    one, three = source(1).splitlines(), source(3).splitlines()
-    import difflib
-    changed = [line for line in difflib.ndiff(one, three) if line.startswith("+ ")]
-    assert 0 < len(changed) <= 40
+    one = source(1).splitlines()
+    three = source(3).splitlines()
+    difference = difflib.ndiff(one, three)
+    added = [line for line in difference if line.startswith("+ ")]
+    assert 0 < len(added) <= 40
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+@pytest.mark.parametrize("wrong", [
+    "--clip -1", "--warmup 5", "--warmup nan", "--lr -1", "--lr inf", "--seed -1", "--steps -1",
+    "--batch 0", "--micro_batch 0", "--max_length 0", "--save_every 0", "--workers -1",
+    "--weight_decay -0.1", "--alpha 2", "--alpha -0.1", "--lam 1.5", "--tau -1", "--show -1"])
+def test_a_value_that_cannot_be_meant_is_refused_before_anything_runs(wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        stage2_kl_align.main([*wrong.split(), "--data", str(tmp_path / "new")])
+    assert wrong.split()[0] in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("wrong", ["--tau 0", "--standardize --kernel triton"])
+def test_what_stage_2_alone_refuses(wrong, tmp_path):
+    with pytest.raises(SystemExit, match="--tau must be above 0, and --standardize goes without"):
+        stage2_kl_align.main([*wrong.split(), "--data", str(tmp_path / "new")])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("wrong", [
+    "--llm a", "--vision a", "--llm a --vision b --init c", "--projector gated"])
+def test_a_flag_that_would_be_ignored_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        stage2_kl_align.parse_args(wrong.split())
+    said = capsys.readouterr().err
+    assert "--llm and --vision" in said
+
+
+def test_the_first_line_says_what_is_not_the_default(capsys):
+    stage1_text_sft.parse_args(["--lr", "0.5", "--batch", "32"])
+    assert capsys.readouterr().out == "stage1_text_sft.py lr=0.5*\n"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+def test_help_shows_the_defaults(stage, capsys):
+    with pytest.raises(SystemExit):
+        STAGES[stage].main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.02)" in said and f"(default: out/stage{stage})" in said
+
+
+# --------------------------------------------------------------------------------------------------
+# What learns, and how the loss is averaged
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_only_what_should_learn_learns(stage, data, tmp_path):
-    before, after = load_file(os.path.join(TINY, "model.safetensors")), train(stage, data, tmp_path / "out")
+    before = weights(TINY)
+    after = train(stage, data, tmp_path / "out")
     for name, tensor in after.items():
         learns = name.split(".")[0] in STAGES[stage].TRAINABLE
-        assert torch.equal(tensor, before[name].float()) == (not learns), name
+        assert torch.equal(tensor, before[name]) == (not learns), name
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_accumulation_does_not_change_the_result(stage, data, tmp_path):
-    whole, parts = (train(stage, data, tmp_path / f"{m}", micro_batch=m, lr=1e-4) for m in (4, 1))
+    whole = train(stage, data, tmp_path / "whole", micro_batch=4, lr=1e-4)
+    parts = train(stage, data, tmp_path / "parts", micro_batch=1, lr=1e-4)
     assert distance(parts, whole) < 1e-6
-
-
-def test_two_processes_do_what_one_does(data, tmp_path):
-    """fp32, gloo, torchrun, compared by update; text-only and picture rows fall on different processes."""
-    for stage in (2, 3):
-        same = dict(batch=5, steps=2, clip=0.5, lr=1e-4)  # 5: one process has a row and a micro-batch more
-        one = train(stage, data, tmp_path / f"one{stage}", micro_batch=5, **same)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                   STAGES[stage].__file__, *flags(stage, data, str(tmp_path / f"two{stage}"), micro_batch=1,
-                                                  **same)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
-        two = weights(tmp_path / f"two{stage}")
-        before = load_file(os.path.join(TINY, "model.safetensors"))
-        assert distance(two, one) < 1e-6 < 1e-4 < distance(before, one)
-        logged = [[json.loads(line)["loss"] for line in open(tmp_path / f"{w}{stage}" / "metrics.jsonl")]
-                  for w in ("one", "two")]
-        assert logged[0] == pytest.approx(logged[1], rel=1e-6)
 
 
 def test_the_logged_loss_is_one_mean_over_all_answer_tokens(data, tmp_path):
     train(1, data, tmp_path / "out", steps=1, batch=8, micro_batch=2)
-    with open(tmp_path / "out" / "metrics.jsonl") as f:
-        logged = json.loads(f.read())["loss"]
+    [logged] = metrics(tmp_path / "out")
     vlm, tokenizer = model.load_vlm(TINY)
-    rows = model.read_rows(os.path.join(data, "stage1.jsonl"))
-    args = stage1_text_sft.make_parser().parse_args(["--batch", "8"])
-    batch = model.make_batch(vlm, tokenizer,
-                             sum(stage1_text_sft.rows_of_step(0, rows, args, 0, 1), []))
-    with torch.no_grad():
-        logits = vlm(batch) @ vlm.lm_head.T
-    want = F.cross_entropy(logits, batch.labels[batch.labels != -100]).item()
-    assert logged == pytest.approx(want, rel=1e-5)
+    rows = model.JsonLines([os.path.join(data, "stage1.jsonl")])
+    args = stage1_text_sft.make_parser().parse_args(["--batch", "8", "--micro_batch", "8"])
+    [micro_batch] = stage1_text_sft.rows_of_step(0, rows, args, 0, 1)
+    [batch] = batch_of(vlm, tokenizer, micro_batch)
+    assert logged["loss"] == pytest.approx(cross_entropy(vlm, batch), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_resume_is_exact(stage, data, tmp_path):
-    straight = train(stage, data, tmp_path / "a", steps=4, save_every=2)
-    shutil.copytree(tmp_path / "a" / "step-2", tmp_path / "b" / "step-2")
-    with open(tmp_path / "a" / "metrics.jsonl") as f:  # as a run leaves it that was killed after step 3
-        (tmp_path / "b" / "metrics.jsonl").write_text("".join(f.readlines()[:3]) + '{"step"')
-    resumed = train(stage, data, tmp_path / "b", steps=4, save_every=2)
-    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
-    a, b = (load_file(tmp_path / r / "step-4" / "optimizer.safetensors") for r in "ab")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "b" / "metrics.jsonl")]
-    assert steps == [1, 2, 3, 4]
+def test_cross_entropy_only_is_lambda_zero(data, tmp_path):
+    train(2, data, tmp_path / "out", steps=1, lam=0.0)
+    [numbers] = metrics(tmp_path / "out")
+    assert numbers["loss"] == pytest.approx(numbers["ce"], rel=1e-5)
+    assert numbers["kl_ts"] > 0
 
+
+def test_nan_stops_before_the_step_and_saves_nothing(data, tmp_path):
+    vlm, tokenizer = model.load_vlm(TINY)
+    vlm.projector.up.bias.data[0] = float("nan")
+    model.save_vlm(str(tmp_path / "bad"), vlm, tokenizer)
+    with pytest.raises(SystemExit, match="step 1: loss nan.*not saved"):
+        train(2, data, tmp_path / "out", init=str(tmp_path / "bad"))
+    assert model.newest_checkpoint(str(tmp_path / "out")) is None
+
+
+def test_zero_steps_and_zero_learning_rate(data, tmp_path):
+    before = weights(TINY)
+    after_none = train(2, data, tmp_path / "no_step", steps=0)
+    assert equal(after_none, before)
+    at_rate_zero = train(2, data, tmp_path / "no_rate", steps=1, lr=0.0)
+    assert equal(at_rate_zero, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# The rows of a step
 
 def test_micro_batches_share_a_batch_out_and_hold_alike_lengths(data):
-    rows = model.read_rows(os.path.join(data, "stage3.jsonl"))
+    rows = model.JsonLines([os.path.join(data, "stage3.jsonl")])
     args = stage3_mm_instruct.make_parser().parse_args(["--batch", "21", "--micro_batch", "4"])
-    length = lambda row: (bool(row["image_url"]), len(row["instruction"]) + len(row["output"]))
-    shares = [stage3_mm_instruct.rows_of_step(1, rows, args, rank, 2) for rank in (0, 1)]
-    assert [[len(part) for part in share] for share in shares] == [[4, 4, 3], [4, 4, 2]]
-    flat = [[row for part in share for row in part] for share in shares]
-    assert all(list(map(length, mine)) == sorted(map(length, mine)) for mine in flat)
-    want = [rows[stage3_mm_instruct.shuffled(48, 3407, 0)[k]] for k in range(21, 42)]
-    assert sorted(map(json.dumps, flat[0] + flat[1])) == sorted(map(json.dumps, want))
+    shares = []
+    for rank in (0, 1):
+        shares.append(stage3_mm_instruct.rows_of_step(1, rows, args, rank, 2))
+    sizes = [[len(part) for part in share] for share in shares]
+    assert sizes == [[4, 4, 3], [4, 4, 2]]
+
+    def length(one):
+        n_letters = len(one["instruction"]) + len(one["output"])
+        return one["image_url"] != "", n_letters
+
+    everything = []
+    for share in shares:
+        mine = sum(share, [])
+        lengths = [length(one) for one in mine]
+        assert lengths == sorted(lengths)
+        everything += mine
+    order = stage3_mm_instruct.shuffled(48, 3407, 0)
+    wanted = [rows[int(k)] for k in order[21:42]]
+    assert sorted(map(json.dumps, everything)) == sorted(map(json.dumps, wanted))
+
+
+def test_a_batch_reaches_into_the_next_epoch(data):
+    rows = model.JsonLines([os.path.join(data, "stage1.jsonl")])  # 24 of them
+    args = stage1_text_sft.make_parser().parse_args(["--batch", "10", "--micro_batch", "10"])
+    seen = []
+    for step in range(12):  # five epochs
+        [batch] = stage1_text_sft.rows_of_step(step, rows, args, 0, 1)
+        seen += [one["id"] for one in batch]
+    counts = {name: seen.count(name) for name in seen}
+    assert set(counts.values()) == {5} and len(counts) == 24
+    assert seen[:20] != seen[24:44]  # another order
 
 
 def test_a_batch_smaller_than_the_world_is_refused(data, tmp_path, monkeypatch):
@@ -149,133 +195,386 @@ def test_a_batch_smaller_than_the_world_is_refused(data, tmp_path, monkeypatch):
         train(1, data, tmp_path / "out")
 
 
-def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, capsys):
-    straight = train(1, data, tmp_path / "a", steps=4, save_every=2)
-    path = tmp_path / "a" / "step-4" / "model.safetensors"
+# --------------------------------------------------------------------------------------------------
+# Batches made by workers
+
+def step_batches(rows, *line):
+    """StepBatches of stage 1 over the rows of a file, one row a step."""
+    vlm, tokenizer = model.load_vlm(TINY)
+    args = stage1_text_sft.make_parser().parse_args(["--batch", "1", *line])
+    return stage1_text_sft.StepBatches(rows, tokenizer, vlm.config, args, rank=0, world=1)
+
+
+def test_any_number_of_workers_makes_the_same_batches(tmp_path):
+    """2,000 rows of different length in random order: where workers share a file, some go wrong."""
+    rows = []
+    for k in range(2000):
+        longer = "+1" * (k % 40)
+        rows.append(row(f"{k}{longer}", f"{k}"))
+    lines = model.JsonLines([write_rows(tmp_path / "d.jsonl", rows)])
+    seen = {}
+    for workers in (0, 1, 2, 4):
+        dataset = step_batches(lines, "--steps", "2000", "--workers", str(workers))
+        labels = []
+        for step, item in stage1_text_sft.batches_of_steps(dataset, 0):
+            [[batch]], n_answer_tokens, n_dropped = item
+            assert n_answer_tokens == len(labels_of(batch)) and n_dropped == 0
+            ids = batch.input_ids.tolist()
+            labels.append((step, ids, batch.labels.tolist()))
+        seen[workers] = labels
+    assert len(seen[0]) == 2000
+    assert seen[0] == seen[1] == seen[2] == seen[4]
+
+
+def test_what_a_worker_gets_can_be_sent_to_it(data):
+    """spawn, as on macOS and Windows, sends it through pickle: no open file, no model."""
+    dataset = step_batches(model.JsonLines([os.path.join(data, "stage1.jsonl")]))
+    content = pickle.dumps(dataset)
+    assert len(content) < 1e6
+    again = pickle.loads(content)
+    [[batch]] = dataset[3][0]
+    [[same]] = again[3][0]
+    assert torch.equal(batch.input_ids, same.input_ids)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_broke_after_the_start_ends_the_run_in_one_line(tmp_path, workers):
+    save_picture(tmp_path / "p.png")
+    path = write_rows(tmp_path / "d.jsonl", [row(), row(image_url="p.png")])
+    lines = model.JsonLines([path])
+    (tmp_path / "p.png").write_bytes(b"no picture")
+    dataset = step_batches(lines, "--steps", "2", "--workers", str(workers))
+    with pytest.raises(SystemExit) as stopped:
+        list(stage1_text_sft.batches_of_steps(dataset, 0))
+    assert re.fullmatch(r"(ValueError: )?.*d\.jsonl:2: picture .*p\.png cannot be read: .*",
+                        stopped.value.code)
+
+
+def test_resuming_with_other_workers_is_exact(data, tmp_path):
+    straight = train(3, data, tmp_path / "a", steps=4, save_every=2)
+    shutil.copytree(tmp_path / "a" / "step-2", tmp_path / "b" / "step-2")
+    resumed = train(3, data, tmp_path / "b", steps=4, save_every=2, workers=2)
+    assert equal(resumed, straight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+
+def test_two_processes_do_what_one_does(data, tmp_path):
+    """float32, gloo, torchrun; text-only and picture rows fall on different processes.
+
+    A batch of 5: one process has a row and a micro-batch more.  The last run has one row for each
+    process, and one of the two rows is too long: nobody waits for ever.
+    """
+    save_picture(tmp_path / "p.png")
+    too_long = row(LONG, image_url="p.png")
+    short = write_rows(tmp_path / "d.jsonl", [row(), too_long])
+    odd = {"batch": 5, "steps": 2, "clip": 0.5, "lr": 1e-4}
+    one_row_each = {"batch": 2, "steps": 1, "max_length": 130, "lr": 1e-4}
+    runs = {
+        "stage1": (1, data, odd),
+        "stage2": (2, data, odd),
+        "stage3": (3, data, odd),
+        "too_long": (3, short, one_row_each),
+    }
+    together = []
+    for name, (stage, files, changes) in runs.items():
+        out = str(tmp_path / f"two_{name}")
+        changes = changes | {"micro_batch": 1}
+        if name == "stage2":
+            changes["workers"] = 1
+        line = flags(stage, files, out, **changes)
+        together.append((stage, line))
+    train_with_two_processes(together, tmp_path)
+
+    before = weights(TINY)
+    for name, (stage, files, changes) in runs.items():
+        one = train(stage, files, tmp_path / f"one_{name}", micro_batch=5, **changes)
+        two = weights(tmp_path / f"two_{name}")
+        assert distance(two, one) < 1e-6 < 2e-5 < distance(before, one), name
+        logged_by_one = metrics(tmp_path / f"one_{name}")[-1]
+        logged_by_two = metrics(tmp_path / f"two_{name}")[-1]
+        assert logged_by_one["loss"] == pytest.approx(logged_by_two["loss"], rel=1e-5)
+        assert logged_by_one["dropped"] == logged_by_two["dropped"] == (
+            0.5 if name == "too_long" else 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resume_is_exact(stage, data, tmp_path):
+    straight = train(stage, data, tmp_path / "a", steps=4, save_every=2)
+    shutil.copytree(tmp_path / "a" / "step-2", tmp_path / "b" / "step-2")
+    resumed = train(stage, data, tmp_path / "b", steps=4, save_every=2)
+    assert equal(resumed, straight)
+
+    states = []
+    for run in ("a", "b"):
+        path = tmp_path / run / "step-4" / "optimizer.safetensors"
+        states.append(model.load_file(path))
+    assert equal(states[0], states[1])
+    assert [numbers["step"] for numbers in metrics(tmp_path / "b")] == [4]
+
+
+def flip_last_byte(path):
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # one bit: safetensors alone would load it silently
+    content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(SystemExit, match="damaged"):
-        model.load_vlm(str(tmp_path / "a" / "step-4"))
+
+
+def damage(path, how):
+    if how == "flipped":
+        flip_last_byte(path)
+    elif how == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "emptied":
+        os.truncate(path, 0)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "emptied", "removed"])
+@pytest.mark.parametrize("name", [
+    "llm/model.safetensors", "vision/model.safetensors", "projector.safetensors", "hashes.json",
+    "optimizer.safetensors", "trainer_state.json", "tokenizer.json", "vlm.json"])
+def test_a_damaged_checkpoint_is_none(name, how, data, tmp_path_factory, tmp_path, capsys):
+    whole = trained_once(data, tmp_path_factory)
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run" / "step-2" / name, how)
+    assert model.newest_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "step-1")
+    assert "step-2 is damaged" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="is damaged|holds no model"):  # also when it is named
+        model.load_vlm(str(tmp_path / "run" / "step-2"))
+
+
+RUNS = {}  # the run below, made once
+
+
+def trained_once(data, tmp_path_factory):
+    if "run" not in RUNS:
+        RUNS["run"] = tmp_path_factory.mktemp("once") / "run"
+        train(1, data, RUNS["run"], steps=2, save_every=1)
+    return RUNS["run"]
+
+
+def test_a_run_goes_on_from_the_last_undamaged_checkpoint(data, tmp_path):
+    straight = train(1, data, tmp_path / "a", steps=4, save_every=2)
+    flip_last_byte(tmp_path / "a" / "step-4" / "llm" / "model.safetensors")
     again = train(1, data, tmp_path / "a", steps=4, save_every=2)
-    assert all(torch.equal(v, straight[k]) for k, v in again.items())
-    assert "step-4 is damaged" in capsys.readouterr().err
-
-
-def test_a_folder_without_manifest_does_not_exist(data, tmp_path):
-    train(1, data, tmp_path / "a", steps=1)
-    os.remove(tmp_path / "a" / "step-1" / "manifest.json")
-    assert model.newest_checkpoint(str(tmp_path / "a")) is None
+    assert equal(again, straight)
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(data, tmp_path, monkeypatch):
     train(1, data, tmp_path / "a", steps=1)
-    stamp = os.stat(tmp_path / "a" / "step-1" / "model.safetensors").st_mtime_ns
-    train(1, data, tmp_path / "a", steps=1)
-    assert os.stat(tmp_path / "a" / "step-1" / "model.safetensors").st_mtime_ns == stamp
+    path = tmp_path / "a" / "step-1" / "llm" / "model.safetensors"
+    stamp = path.stat().st_mtime_ns
+    train(1, data, tmp_path / "a", steps=1, micro_batch=4, workers=1)  # these decide nothing
+    assert path.stat().st_mtime_ns == stamp
+
     # Before weights are loaded: those of another model would not fit, which tells a user nothing.
-    monkeypatch.setattr(model, "load_checkpoint", lambda *_: pytest.fail("loaded before the flags were compared"))
-    with pytest.raises(SystemExit, match="--lr: 0.001 there, 0.5 here"):
+    monkeypatch.setattr(stage1_text_sft, "start_vlm", lambda *_: pytest.fail("loaded first"))
+    with pytest.raises(SystemExit, match=r"another run \(--lr was 0.001\): give its flags"):
         train(1, data, tmp_path / "a", steps=1, lr=0.5)
+
+
+def test_other_rows_and_other_weights_are_refused(data, tmp_path):
+    path = tmp_path / "d.jsonl"
+    write_rows(path, [row(), row("1+1=", "2")])
+    vlm, tokenizer = model.load_vlm(TINY)
+    model.save_vlm(str(tmp_path / "start"), vlm, tokenizer)
+    start = str(tmp_path / "start")
+    train(1, path, tmp_path / "a", steps=1, init=start)
+
+    write_rows(path, [row(), row("1+1=", "3")])
+    with pytest.raises(SystemExit, match=r"another run \(other rows\)"):
+        train(1, path, tmp_path / "a", steps=1, init=start)
+    write_rows(path, [row(), row("1+1=", "2")])
+    vlm.projector.up.bias.data[0] += 1
+    model.save_vlm(start, vlm, tokenizer)
+    with pytest.raises(SystemExit, match=r"another run \(other weights\)"):
+        train(1, path, tmp_path / "a", steps=1, init=start)
 
 
 def test_an_edited_script_does_not_go_on(data, tmp_path, monkeypatch):
     """Or a fork's numbers would be those of the run before it."""
     train(1, data, tmp_path / "a", steps=1)
-    with open(stage1_text_sft.__file__, encoding="utf-8") as f:
-        (tmp_path / "fork.py").write_text(f.read() + "# ten lines changed\n", encoding="utf-8")
+    (tmp_path / "fork.py").write_text(source(1) + "# ten lines changed\n", encoding="utf-8")
     monkeypatch.setattr(stage1_text_sft, "__file__", str(tmp_path / "fork.py"))
-    with pytest.raises(SystemExit, match="the script was edited.*another --out"):
+    with pytest.raises(SystemExit, match=r"other script\): .*another --out"):
         train(1, data, tmp_path / "a", steps=1)
 
 
-def test_a_run_that_was_stopped_is_no_parent_yet(data, tmp_path):
+def test_no_resume_deletes_what_a_run_wrote_and_nothing_else(data, tmp_path):
+    out = tmp_path / "out"
+    train(1, data, out, steps=2, save_every=1)
+    (out / "notes.txt").write_text("mine")
+    (out / "step-by-step").mkdir()
+    (out / "part-7").mkdir()
+    stage1_text_sft.main([*flags(1, data, out, steps=1), "--no-resume"])
+    assert sorted(os.listdir(out)) == ["metrics.jsonl", "notes.txt", "step-1", "step-by-step"]
+    assert len(metrics(out)) == 1
+
+
+def test_the_newest_two_checkpoints_are_kept(data, tmp_path):
+    train(1, data, tmp_path / "a", steps=4, save_every=1)
+    assert model.steps_in(str(tmp_path / "a")) == [4, 3]
+
+
+def test_a_run_that_was_stopped_is_no_parent_yet(data, tmp_path, capsys):
     train(1, data, tmp_path / "a", steps=2, save_every=1)
-    assert model.finished(str(tmp_path / "a")) and not model.finished(str(tmp_path / "nothing"))
+    assert model.is_finished(str(tmp_path / "a"))
     shutil.rmtree(tmp_path / "a" / "step-2")
-    assert not model.finished(str(tmp_path / "a"))
+    assert not model.is_finished(str(tmp_path / "a"))
+    assert "a is missing or unfinished" in capsys.readouterr().out
+    assert not model.is_finished(str(tmp_path / "nothing"))
 
 
-def test_zero_steps_and_zero_learning_rate(data, tmp_path):
-    before = load_file(os.path.join(TINY, "model.safetensors"))
-    for out, change in (("a", {"steps": 0}), ("b", {"lr": 0.0, "steps": 1})):
-        after = train(2, data, tmp_path / out, **change)
-        assert all(torch.equal(v, before[k].float()) for k, v in after.items())
+# --------------------------------------------------------------------------------------------------
+# Rows that are too long
 
+def test_a_row_that_does_not_fit_is_dropped_and_counted(tmp_path, capsys):
+    """Loss and weights are those of the batch without it, whoever shares a micro-batch with it."""
+    save_picture(tmp_path / "p.png")
+    rows = [
+        row(),
+        row(LONG, image_url="p.png"),
+        row("7*8=", "56", image_url="p.png"),
+        row(output="12 " * 90),
+    ]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    short = {"batch": 4, "max_length": 150, "lr": 1e-4, "steps": 1}
+    whole = train(3, path, tmp_path / "whole", micro_batch=4, **short)
+    parts = train(3, path, tmp_path / "parts", micro_batch=1, **short)
+    assert distance(parts, whole) < 1e-6
+    [numbers] = metrics(tmp_path / "whole")
+    assert numbers["dropped"] == 0.5
+    assert "50.0% too long" in "".join(capsys.readouterr())
 
-def test_cross_entropy_only_is_lambda_zero(data, tmp_path):
-    train(2, data, tmp_path / "a", steps=1, lam=0.0)
-    numbers = json.loads(open(tmp_path / "a" / "metrics.jsonl").read())
-    assert numbers["loss"] == pytest.approx(numbers["ce"], rel=1e-5) and numbers["kl_ts"] > 0
-
-
-def test_nan_stops_before_the_step_and_saves_nothing(data, tmp_path):
     vlm, tokenizer = model.load_vlm(TINY)
-    vlm.projector.up.bias.data[0] = float("nan")
-    model.save_vlm(str(tmp_path / "bad"), vlm, tokenizer)
-    with pytest.raises(SystemExit, match="step 1: loss nan.*rows"):
-        train(2, data, tmp_path / "out", init=str(tmp_path / "bad"))
-    assert model.newest_checkpoint(str(tmp_path / "out")) is None
+    fitting = [rows[0], rows[2]]
+    [batch] = batch_of(vlm, tokenizer, fitting, tmp_path)
+    assert numbers["loss"] == pytest.approx(cross_entropy(vlm, batch), rel=1e-5)
 
 
-def test_caption_loss_is_small_for_a_model_that_reads_and_large_for_another_picture(data, tmp_path):
-    """The number by which stage 1 shows that it unlearnt to look; None when the data has no such pictures."""
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_batch_of_which_nothing_fits_changes_nothing(stage, tmp_path):
+    save_picture(tmp_path / "p.png")
+    rows = [pair(instruction=LONG, instruction_2=LONG), pair(instruction=LONG)]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    short = {"batch": 2, "steps": 1, "max_length": 130, "weight_decay": 0}
+    after = train(stage, path, tmp_path / "out", **short)
+    [numbers] = metrics(tmp_path / "out")
+    assert numbers["dropped"] == 1 and numbers["loss"] == 0
+    assert equal(after, weights(TINY))
+
+
+def test_of_a_pair_either_form_is_enough_to_drop_both(tmp_path):
+    save_picture(tmp_path / "p.png")
     vlm, tokenizer = model.load_vlm(TINY)
-    assert model.caption_loss(vlm, tokenizer, data, "cpu") < .5
+    rows = [pair(), pair(instruction=LONG), pair(instruction_2=LONG)]
+    forms = ("", "_2")
+    strong, weak = batch_of(vlm, tokenizer, rows, tmp_path, forms, max_length=150)
+    first_strong, first_weak = batch_of(vlm, tokenizer, rows[:1], tmp_path, forms)
+    assert torch.equal(labels_of(strong), labels_of(first_strong))
+    assert torch.equal(labels_of(weak), labels_of(first_weak))
+    assert len(weak.pixel_values) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run says and makes
+
+def test_caption_loss_is_small_for_a_model_that_reads_and_large_for_other_pictures(data, tmp_path):
+    """The number by which stage 1 shows that it unlearnt to look."""
+    vlm, tokenizer = model.load_vlm(TINY)
+    assert evaluation.caption_loss(vlm, tokenizer, data, "cpu") < 0.5
     shutil.copytree(data, tmp_path / "d")
     for path in (tmp_path / "d" / "images").glob("test-*-labelled.png"):
-        shutil.copy(str(path).replace("labelled", "figure"), path)  # the same figure without its numbers
-    assert model.caption_loss(vlm, tokenizer, str(tmp_path / "d"), "cpu") > 1
-    os.remove(tmp_path / "d" / "test.jsonl")
-    assert model.caption_loss(vlm, tokenizer, str(tmp_path / "d"), "cpu") is None
+        without_numbers = str(path).replace("labelled", "figure")
+        shutil.copy(without_numbers, path)
+    assert evaluation.caption_loss(vlm, tokenizer, str(tmp_path / "d"), "cpu") > 1
 
 
 def test_pairs_must_share_their_answer(data, tmp_path):
     shutil.copytree(data, tmp_path / "d")
     path = tmp_path / "d" / "stage2_top.jsonl"
-    lines = path.read_text().splitlines()
-    lines[2] = json.dumps(json.loads(lines[2]) | {"output_2": "7"})
-    path.write_text("\n".join(lines) + "\n")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[2] = json.loads(lines[2]) | {"output_2": "7"}
+    write_rows(path, lines)
     with pytest.raises(SystemExit, match="stage2_top.jsonl:3: the answers of a pair differ"):
-        train(2, str(tmp_path / "d"), tmp_path / "out")
+        train(2, tmp_path / "d", tmp_path / "out")
 
 
-@pytest.mark.parametrize("kernel", ["eager", pytest.param("triton", marks=pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"))])
-def test_show_adds_up_to_what_training_logs(data, tmp_path, capsys, kernel):
+@pytest.mark.parametrize("kernel", [
+    "eager",
+    pytest.param("triton", marks=pytest.mark.skipif(
+        stage2_kl_align.triton is None, reason="Triton is not installed"))])
+def test_show_adds_up_to_what_training_logs(kernel, data, tmp_path, capsys):
     """Batch of one: the table's last line is the first logged loss, kernel and all."""
     args = stage2_kl_align.make_parser().parse_args(["--batch", "1"])
-    rows = model.read_rows(os.path.join(data, "stage2_top.jsonl"))
-    (first,), = stage2_kl_align.rows_of_step(0, rows, args, 0, 1, "_2")
-    stage2_kl_align.main(["--init", TINY, "--data", data, "--kernel", kernel,
-                          "--show", str(rows.index(first))])
-    mean, whole = re.search(r"-> loss (\S+); all at once, as in training: (\S+)",
-                            capsys.readouterr().out).groups()
+    rows = model.JsonLines([os.path.join(data, "stage2_top.jsonl")])
+    [[first]] = stage2_kl_align.rows_of_step(0, rows, args, 0, 1)
+    number = [one["where"] for one in rows].index(first["where"])
+    line = ["--init", TINY, "--data", data, "--kernel", kernel, "--show", str(number)]
+    stage2_kl_align.main(line)
+    said = capsys.readouterr().out
+    shown = re.search(r"kl_ts (\S+) kl_st (\S+) ce (\S+) -> loss (\S+)", said).groups()
+
     train(2, data, tmp_path / "out", steps=1, batch=1, micro_batch=1)
-    logged = json.loads(open(tmp_path / "out" / "metrics.jsonl").read())["loss"]
-    assert float(mean) == pytest.approx(logged, abs=2e-4) and float(whole) == pytest.approx(logged, abs=1e-4)
+    [numbers] = metrics(tmp_path / "out")
+    logged = [numbers[name] for name in ("kl_ts", "kl_st", "ce", "loss")]
+    assert [float(text) for text in shown] == pytest.approx(logged, abs=1e-4)
+
+
+def test_show_of_a_pair_that_is_not_there(data):
+    with pytest.raises(SystemExit, match="--show 72: there are pairs 0 to 71"):
+        stage2_kl_align.main(["--init", TINY, "--data", data, "--show", "72"])
 
 
 def test_missing_prerequisites_are_made_first(tmp_path, monkeypatch, capsys):
-    """`stage3` in an empty folder makes data, stage 1 and stage 2, says so, and ends with a table."""
+    """`stage3` in an empty folder makes data, stages 1 and 2, says so, and ends with a table."""
     monkeypatch.chdir(tmp_path)
     os.symlink(TINY, "tiny")
-    small = {"--steps": "1", "--batch": "2", "--micro_batch": "2"}
-    for module in STAGES.values():  # shrink the defaults, not the path through the code
+
+    def shrink(module):  # the defaults, not the path through the code
         original = module.make_parser
 
-        def shrunk(original=original):
+        def shrunk():
             parser = original()
-            parser.set_defaults(**{k[2:]: int(v) for k, v in small.items()})
+            parser.set_defaults(steps=1, batch=2, micro_batch=2)
             return parser
+
         monkeypatch.setattr(module, "make_parser", shrunk)
+
+    for module in STAGES.values():
+        shrink(module)
     original = data_gen.parse_args
-    monkeypatch.setattr(data_gen, "parse_args", lambda argv: original([*argv, "--n", "12", "--n_test", "2"]))
+    few = ["--n", "12", "--n_test", "2"]
+    monkeypatch.setattr(data_gen, "parse_args", lambda argv: original([*argv, *few]))
+
     stage3_mm_instruct.main([])
     out = capsys.readouterr().out
-    order = [out.index(s) for s in (
-        "data/ is missing", "out/stage2 is missing", "out/stage1 is missing", "stage 1 done", "stage 2 done",
-        "stage 3 done", "relative gap")]
-    assert order == sorted(order) and os.path.exists("out/accuracy.png")
-    assert set(json.load(open("out/stage3/eval.json"))) == {
-        "benchmark", "versions", "all", "gap", "relative_gap", "seconds"}
+    said = ["data/ is missing", "out/stage2 is missing", "out/stage1 is missing", "stage 1 done",
+            "stage 2 done", "stage 3 done", "relative gap"]
+    places = [out.index(words) for words in said]
+    assert places == sorted(places)
+    assert os.path.exists("out/accuracy.png")
+    with open("out/stage3/eval.json", encoding="utf-8") as f:
+        assert json.load(f).keys() == {
+            "benchmark", "versions", "all", "gap", "relative_gap", "seconds"}
+
+
+def test_own_files_train_every_stage_and_end_without_a_table(tmp_path, capsys):
+    save_picture(tmp_path / "p.png")
+    single = write_rows(tmp_path / "single.jsonl", [row(), row(image_url="p.png")])
+    pairs = write_rows(tmp_path / "pairs.jsonl", [pair(), pair()])
+    train(1, single, tmp_path / "one", batch=2, steps=1)
+    short = ["--batch", "2", "--steps", "1"]
+    one = str(tmp_path / "one")
+    two = str(tmp_path / "two")
+    three = str(tmp_path / "three")
+    STAGES[2].main([*short, "--init", one, "--data", pairs, "--out", two])
+    STAGES[3].main([*short, "--init", two, "--data", single, single, "--out", three])
+    said = capsys.readouterr().out
+    assert "stage 3 done" in said
+    assert "accuracy" not in said and "caption loss" not in said
