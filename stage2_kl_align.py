@@ -554,10 +554,10 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
         raise ValueError(f"shapes of hs, ht, W, labels do not fit: {shapes}")
     if not (0 <= alpha <= 1 and 0 <= lam <= 1 and 0 < tau < math.inf):
         raise ValueError(f"alpha {alpha} and lam {lam} must be in [0, 1], tau {tau} above 0")
+    needs_textbook = standardize or (W.requires_grad and torch.is_grad_enabled())
     if kernel == "auto":
-        kernel = "triton" if hs.is_cuda and triton and not standardize else "eager"
-    W_learns = W.requires_grad and torch.is_grad_enabled()
-    if kernel == "triton" and (standardize or W_learns):
+        kernel = "triton" if hs.is_cuda and triton and not needs_textbook else "eager"
+    if kernel == "triton" and needs_textbook:
         raise ValueError("standardized logits and a W that learns need kernel eager")
     if kernel == "triton" and not hs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel triton needs a CUDA device, or TRITON_INTERPRET=1 from the start")

@@ -18,6 +18,7 @@ Three phases:
           text        the same computing with the numbers in the text, plain arithmetic, textual problems
 """
 import argparse
+import copy
 import math
 import os
 import random
@@ -30,12 +31,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig,
+                          SiglipVisionModel)
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from data_gen import (COLS, DEFAULT_SIZE, ROWS, draw_problem, make_problem,  # noqa: E402
                       place, text_of, write)
-from model import IGNORE, IMAGE_TOKEN, build, collate, encode_example, save_vlm  # noqa: E402
+from model import (IGNORE, IMAGE_TOKEN, Projector, assemble, collate, encode_example,  # noqa: E402
+                   save_vlm)
 
 MIX_PICTURES = {"labels": .3, "question": .15, "compute": .35, "aside": .2}
 MIX_TEXT = {"problem": .55, "arithmetic": .25, "compute": .2}
@@ -204,16 +207,17 @@ def text_rows(task, r, n):
     return rows
 
 
-def to_batch(tokenizer, rows, P):
+def to_batch(tokenizer, rows, config):
     """rows of (instruction, output) or (picture, cells, instruction, output) -> Batch"""
     examples = []
     for *_, instruction, output in rows:
         row = {"image_url": "", "instruction": instruction, "output": output}
-        examples.append(encode_example(tokenizer, row, image_tokens=P))
+        examples.append(encode_example(tokenizer, config, row))
     if len(rows[0]) == 2:
         return collate(examples, tokenizer.pad_token_id, DEFAULT_SIZE)
     # encode_example reads pictures from files; these are in memory, so the placeholders are put in by hand
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image = config["image_token_id"]
+    P = config["image_tokens"]
     k = len(tokenizer("<|im_start|>user\n").input_ids)
     examples = [(ids[:k] + [image] * P + ids[k:], [IGNORE] * P + labels,
                  torch.from_numpy(row[0].astype(np.float32) / 127.5 - 1).expand(3, -1, -1))
@@ -236,15 +240,17 @@ def main(argv=None):
         "user assistant\n", "Read the labels. Read the question. Solve the problem."] * 20
     tokenizer = make_tokenizer(corpus)
     special = tokenizer.convert_tokens_to_ids
-    vlm = build({
-        "image_token_id": special(IMAGE_TOKEN),
-        "vision_config": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                              num_attention_heads=4, image_size=DEFAULT_SIZE, patch_size=PATCH,
-                              vision_use_head=False),
-        "text_config": dict(vocab_size=-(-len(tokenizer) // 16) * 16, hidden_size=128, intermediate_size=384,
-                            num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-                            max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-                            eos_token_id=special("<|im_end|>"), pad_token_id=special("<|endoftext|>"))})
+    llm = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 16) * 16, hidden_size=128, intermediate_size=384,
+        num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=special("<|im_end|>"), pad_token_id=special("<|endoftext|>")))
+    vision = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        image_size=DEFAULT_SIZE, patch_size=PATCH, vision_use_head=False))
+    vlm = assemble(vision, Projector(128, 128), llm, tokenizer, {
+        "vision": "siglip", "projector": "mlp", "post_layernorm": True, "drop_first": 0,
+        "after_image": "", "image_size": DEFAULT_SIZE, "pad_color": None})
     reader = torch.nn.Linear(128, 2 * (len(CHARS) + 1))  # thrown away at the end
     print({n: f"{sum(p.numel() for p in m.parameters()):,}" for n, m in vlm.named_children()},
           "vocabulary", len(tokenizer))
@@ -252,7 +258,6 @@ def main(argv=None):
     print(f"{args.pool} + {args.pool} pictures drawn, {time.time() - start:.0f} s", flush=True)
     vlm.vision_model.compile()
     vlm.language_model.model.compile(dynamic=True)
-    P = vlm.image_tokens
 
     def read_loss(features, cells):
         """Cross-entropy of the two cells of each patch; most are blank: written ones get half the weight."""
@@ -287,7 +292,8 @@ def main(argv=None):
                 print(f"{name} step {step + 1}/{steps} | " + " ".join(f"{x:.4f}" for x in mean) +
                       f" | {time.time() - begun:.0f} s", flush=True)
             if name == "joint" and ((step + 1) % 500 == 0 or step + 1 == steps):
-                save_vlm(args.out, vlm, tokenizer, torch.bfloat16)  # half the size in the repository
+                half = copy.deepcopy(vlm).to(torch.bfloat16)  # half the size in the repository
+                save_vlm(args.out, half, tokenizer)
 
     def dense():
         rows = picture_rows(pool, r.choice(["labels", "compute"]), r, 2 * args.batch)
@@ -301,12 +307,12 @@ def main(argv=None):
         return r.choices(list(mix), list(mix.values()))[0]
 
     def text():
-        loss = answer_loss(vlm, to_batch(tokenizer, text_rows(draw(MIX_TEXT), r, args.batch), P))
+        loss = answer_loss(vlm, to_batch(tokenizer, text_rows(draw(MIX_TEXT), r, args.batch), vlm.config))
         return loss, (loss,)
 
     def joint():
         pictures = answer_loss(vlm, to_batch(
-            tokenizer, picture_rows(pool, draw(MIX_PICTURES), r, args.batch), P))
+            tokenizer, picture_rows(pool, draw(MIX_PICTURES), r, args.batch), vlm.config))
         words, _ = text()
         return pictures + words, (pictures, words)
 
