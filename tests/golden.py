@@ -1,10 +1,10 @@
-"""What the code computes, in numbers: tests/golden.json was written with this before the rewrite of 2026-11.
+"""What the code computes, in numbers.  tests/golden.json was written before the rewrite of 2026-11.
 
     python tests/golden.py    # measure again and write tests/golden.json
 
-Hashes of tokens, labels and pixels are the same on every machine.  Trained weights and logits differ in their
-last digits between machines: for them a norm and a sum with fixed signs are compared, and only on the machine
-that wrote the file the hashes as well.
+Hashes of tokens, labels and pixels are the same on every machine.  Trained weights and logits
+differ in their last digits between machines: for them a norm and a sum with fixed signs are
+compared, and only on the machine that wrote the file the hashes as well.
 """
 import hashlib
 import json
@@ -22,8 +22,9 @@ import data_gen  # noqa: E402
 import model  # noqa: E402
 import stage1_text_sft  # noqa: E402
 import stage2_kl_align  # noqa: E402
+import small_models  # noqa: E402
 import stage3_mm_instruct  # noqa: E402
-import test_backbones  # noqa: E402
+from convert import released  # noqa: E402
 
 TINY = os.path.join(os.path.dirname(HERE), "tiny")
 STAGES = {"stage1": stage1_text_sft, "stage2": stage2_kl_align, "stage3": stage3_mm_instruct}
@@ -31,7 +32,7 @@ PROBLEMS = 60
 
 
 def summary(tensor):
-    """A hash (this machine only), the norm, and a sum in which place and sign of every number count."""
+    """A hash (of this machine), the norm, and a sum in which each number's place and sign count."""
     numbers = tensor.detach().double().flatten()
     signs = torch.cos(torch.arange(len(numbers), dtype=torch.float64))
     digest = hashlib.sha256(tensor.detach().contiguous().float().numpy().tobytes()).hexdigest()
@@ -73,7 +74,7 @@ def batches(data):
 
 
 def train(stage, data, out):
-    """What six steps change in the weights of tiny/, and the weights themselves; one entry a part."""
+    """What six steps change in the weights of tiny/, and the weights themselves, part by part."""
     flags = ["--init", TINY, "--data", data, "--out", out, "--steps", "6", "--batch", "8",
              "--micro_batch", "4"]
     if stage != "stage1":
@@ -83,7 +84,8 @@ def train(stage, data, out):
     after = flat_parts(out)
     result = {}
     for name in after:
-        result[name] = {"weights": summary(after[name]), "update": summary(after[name] - before[name])}
+        update = after[name] - before[name]
+        result[name] = {"weights": summary(after[name]), "update": summary(update)}
     return result
 
 
@@ -98,12 +100,14 @@ def flat_parts(folder):
 
 
 def released_logits(folder):
-    """Logits of a small random checkpoint in the released Qwen2 layout, for a prompt with a picture."""
-    checkpoint = test_backbones.released_folder(os.path.join(folder, "released"))[0]
-    pixels = torch.randint(0, 255, (48, 48, 3), generator=torch.manual_seed(3), dtype=torch.uint8)
-    test_backbones.Image.fromarray(pixels.numpy()).save(os.path.join(folder, "p.png"))
-    vlm, tokenizer = model.load_vlm(checkpoint)
-    return summary(test_backbones.rows_of(vlm, tokenizer, folder))
+    """Logits of a small random checkpoint in the released Qwen2 layout, for a picture's prompt."""
+    checkpoint = small_models.released_folder(os.path.join(folder, "released"))[0]
+    ours = os.path.join(folder, "ours")
+    released.from_released(checkpoint, ours)
+    vlm, tokenizer = model.load_vlm(ours)
+    small_models.write_picture(folder)
+    row = small_models.data_row(folder)
+    return summary(small_models.answer_logits(vlm, tokenizer, [row]))
 
 
 def measure():
