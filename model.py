@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 from array import array
 from dataclasses import dataclass
@@ -202,7 +203,8 @@ def load_image(path, size, pad_color=None):
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             image = ImageOps.exif_transpose(image)  # phones store the turn beside the pixels
             image = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error,
+            Image.DecompressionBombError) as error:  # all seen, of 117,377 damaged pictures
         raise ValueError(f"picture {path} cannot be read: {error}") from None
 
     white = Image.new("RGBA", image.size, "white")  # convert("RGB") makes transparency black
@@ -500,8 +502,8 @@ def load_vlm(folder, device="cpu", trained=(), frozen_dtype=None):
         from convert import deepseek_vl
         vision, projector = deepseek_vl.load(folder, dtypes["vision_model"], llm.config.hidden_size)
     else:
-        vision = pretrained(SiglipVisionModel, os.path.join(folder, "vision"),
-                            dtypes["vision_model"], vision_use_head=False)
+        vision = pretrained(
+            SiglipVisionModel, os.path.join(folder, "vision"), dtypes["vision_model"])
         projector_class = PROJECTORS[config["projector"]]
         projector = projector_class(vision.config.hidden_size, llm.config.hidden_size)
 
@@ -529,10 +531,12 @@ def new_vlm(llm, vision, projector, seed=0, device="cpu", trained=(), frozen_dty
     # The released systems take features before the last layer and without the first one.  A layer
     # that nothing reads would get no gradient, and DDP would wait for it: it is not built.
     skipped = 1 if projector == "gated" else 0
-    n_layers = SiglipVisionConfig.from_pretrained(vision).num_hidden_layers - skipped
+    vision_config = SiglipVisionConfig.from_pretrained(vision)
+    vision_config.num_hidden_layers -= skipped
+    vision_config.vision_use_head = False
     not_built = r"text_model|logit_|(vision_model\.)?(head|encoder\.layers)\."
-    vision_model = pretrained(SiglipVisionModel, vision, dtypes["vision_model"], not_built,
-                              vision_use_head=False, num_hidden_layers=n_layers)
+    vision_model = pretrained(
+        SiglipVisionModel, vision, dtypes["vision_model"], not_built, vision_config)
     config = {
         "vision": "siglip",
         "projector": projector,
@@ -589,18 +593,18 @@ def dtypes_of_parts(device, trained, frozen_dtype):
     return {part: torch.float32 if part in trained else frozen_dtype for part in parts}
 
 
-def pretrained(model_class, folder, dtype, not_built=r"\Z", **changes):
+def pretrained(model_class, folder, dtype, not_built=r"\Z", config=None):
     """model_class.from_pretrained, but exits when the files do not hold the model's weights.
 
     not_built  regular expression: names that may be in the files and not in the model
-    changes    entries of config.json to change
+    config     in the place of that in the folder
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report is read here, and said in one line
     try:
         model, report = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
-            output_loading_info=True, **changes)
+            output_loading_info=True, config=config)
     except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).split("\n")[0]
         sys.exit(f"{folder}: {first_line} (only safetensors are read: fetch the files again, or "

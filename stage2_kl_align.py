@@ -177,7 +177,7 @@ def rows_of_step(step, rows, args, rank, world):
     batch = []
     for position in range(step * args.batch, (step + 1) * args.batch):
         epoch, place = divmod(position, len(rows))
-        index = int(shuffled(len(rows), args.seed, epoch)[place])
+        index = shuffled(len(rows), args.seed, epoch)[place]
         batch.append(rows[index])
 
     # Inside a batch the order is free, since its loss is one sum.  Rows alike in length, with or
@@ -278,7 +278,8 @@ def write_log(args, device, numbers):
 
 # --------------------------------------------------------------------------------------------------
 # The textbook: the equations as they stand, the gradient by autograd.  It is what runs on a CPU,
-# and what the kernel further down is tested against.
+# and what the kernel further down has to equal.  Its values lose 1e-7 nats a token to rounding, so
+# a KL of that size is noise in the log; the gradient keeps three digits even there.
 
 CHUNK_ELEMENTS = 2 ** 19  # rows x V of a chunk: 2 MB a tensor, which stays in a CPU's caches
 MIN_ROWS = 128  # of a chunk: each reads all of W
@@ -294,6 +295,7 @@ def align_rows(hs, ht, W, labels, tau, standardize):
     z_t = (ht.to(W.dtype) @ W.T).float()  # (n, V)
     # Not hs @ W.T: when both forms nearly agree, two rounded logits differ by their rounding alone.
     z_s = z_t + ((hs - ht).to(W.dtype) @ W.T).float()  # (n, V)
+    z_t = z_t.detach()  # the teacher is a constant, also where W learns
 
     t = z_t / tau
     s = z_s / tau
@@ -335,18 +337,20 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 #
 # Memory traffic.  A chunk of n rows in bfloat16: the product (5) writes T and D, 4 n V bytes; visit
 # 1 of the kernel reads both (4), visit 2 reads both and writes G over D (6), the product (11) reads
-# G (2).  Together 16 n V bytes, 10 of them the kernel's.  align_rows, one operation at a time in
-# float32, moves more than ten times as much.  What remains is arithmetic: three products of 2 N H V
-# operations.  So: the products to cuBLAS, all that stands between them into ONE kernel, and no
-# third visit.  Not flash style, which never stores logits: it has to make them twice, 10 N H V
-# operations instead of 6.
+# G (2).  Together 16 n V bytes, 10 of them the kernel's.  align_rows, one operation at a time and
+# mostly in float32, moves 404 n V bytes: 140 forward, 140 again for the checkpoint, 124 backward.
+# What remains is arithmetic: three products of 2 N H V operations.  So: the products to cuBLAS, all
+# that stands between them into ONE kernel, and no third visit.  Not flash style, which never stores
+# logits: it has to make them twice, 10 N H V operations instead of 6.
 #
 # Derivation.  For each row
 #     t = T / tau      e = D / tau      s = t + e
 #     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)         (6)
 #     delta = e - dL = ln q - ln p                                                           (7)
-# (6) never subtracts two rounded log-sum-exps.  Both KLs in Bregman form, where every term is >= 0:
+# (6) never subtracts two rounded log-sum-exps.  To both KLs 0 = sum (q - p) is added or taken from
+# them: then every term is >= 0, and none cancels another.
 #     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                       (8)
+# By s_j, L_FKL has the gradient q_j - p_j, and L_RKL has q_j (delta_j - L_RKL):
 #     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))    gradient of the KLs by s  (9)
 #     G = g / tau + (1 - lam) (softmax(z_s) - onehot(y))               gradient by z_s      (10)
 #     dL/dhs = G W                                                                          (11)
@@ -380,6 +384,13 @@ def align_row_kernel(
     D_ptr += row * stride
     cols = tl.arange(0, BLOCK)
     minus_inf = -float("inf")
+
+    # The label's logit, now: visit 2 writes over it.
+    label = tl.load(label_ptr + row)
+    has_label = label >= 0
+    is_word = has_label & (label < V)
+    z_label = tl.load(T_ptr + label, is_word, 0.0).to(tl.float32)
+    z_label += tl.load(D_ptr + label, is_word, 0.0).to(tl.float32)
 
     # Visit 1: maxima, and sums relative to them.  The sums are partial ones, one a lane, until the
     # end of the visit.
@@ -426,11 +437,8 @@ def align_row_kernel(
     inv_sum_s = 1 / sum_s
 
     # Visit 2: every term of the sums, and G over D.
-    label = tl.load(label_ptr + row)
-    has_label = label >= 0
     fkl = tl.zeros([BLOCK], tl.float32)
     rkl = tl.zeros([BLOCK], tl.float32)
-    z_label = tl.zeros([BLOCK], tl.float32)  # the logit of the label, in one lane
     for start in range(0, V, BLOCK):
         inside = start + cols < V
         T = tl.load(T_ptr + start + cols, inside, 0.0).to(tl.float32)
@@ -449,9 +457,8 @@ def align_row_kernel(
         fkl += q_minus_p - p * delta  # (8)
         rkl += q * delta - q_minus_p
 
-        is_label = start + cols == label
-        z_label += tl.where(is_label, T + D, 0.0)
         if TRAIN:
+            is_label = start + cols == label
             g = w_fkl * q_minus_p + w_rkl * q * (delta - row_rkl)  # (9)
             softmax_z = q
             if HAS_TAU:
@@ -460,7 +467,7 @@ def align_row_kernel(
             G = g * inv_tau + tl.where(has_label, w_hard, 0.0) * hard  # (10)
             tl.store(D_ptr + start + cols, G.to(D_ptr.dtype.element_ty), inside)
 
-    row_hard = lse_z - tl.sum(z_label, 0)
+    row_hard = lse_z - z_label
     row_hard = tl.where(label < V, row_hard, float("nan"))  # no such word: an error must show
     tl.store(out_ptr + 3 * row, tl.sum(fkl, 0))
     tl.store(out_ptr + 3 * row + 1, tl.sum(rkl, 0))
@@ -477,10 +484,12 @@ def align_rows_triton(T, D, labels, tau, weights, train):
     n, V = T.shape
     out = torch.empty(n, 3, device=T.device)
     block = min(2048, triton.next_power_of_2(V))  # 8 columns a thread: one load of 16 bytes
-    # maxnreg: the compiler alone aims at 64 registers a thread and spills (tests/compile_kernel.py)
-    compiled_kernel()[(n,)](
-        T, D, labels, out, T.stride(0), 1 / tau, *weights, V=V, BLOCK=block, HAS_TAU=tau != 1,
-        TRAIN=train, num_warps=8, maxnreg=80 if tau == 1 else 96)
+    # maxnreg: left alone, the compiler takes 48 to 107 registers a thread and may still spill
+    # (tests/compile_kernel.py); at 80, three programs run on a multiprocessor at once
+    with torch.cuda.device_of(T):  # Triton launches on the current device; T may be on another
+        compiled_kernel()[(n,)](
+            T, D, labels, out, T.stride(0), 1 / tau, *weights, V=V, BLOCK=block, HAS_TAU=tau != 1,
+            TRAIN=train, num_warps=8, maxnreg=80 if tau == 1 else 96)
     return out
 
 
@@ -521,7 +530,6 @@ class FusedKLAlign(torch.autograd.Function):
                 dhs[rows] = product(D, W)  # (11): D is G now
 
         ctx.save_for_backward(dhs)  # no logits: they are not needed any more
-        ctx.dtype = hs.dtype
         fkl, rkl, hard = sums / n_total
         ctx.mark_non_differentiable(fkl, rkl, hard)
         loss = lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * hard  # (4)
@@ -531,7 +539,7 @@ class FusedKLAlign(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently 0
     def backward(ctx, grad_loss, *_):
         [dhs] = ctx.saved_tensors
-        return (grad_loss * dhs).to(ctx.dtype), None, None, None, None, None, None, None
+        return grad_loss * dhs, None, None, None, None, None, None, None
 
 
 @torch.compiler.disable  # a loop over chunks that makes its own gradient: nothing to trace
@@ -554,6 +562,8 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
         raise ValueError(f"shapes of hs, ht, W, labels do not fit: {shapes}")
     if not (0 <= alpha <= 1 and 0 <= lam <= 1 and 0 < tau < math.inf):
         raise ValueError(f"alpha {alpha} and lam {lam} must be in [0, 1], tau {tau} above 0")
+    if kernel not in ("auto", "triton", "eager"):
+        raise ValueError(f"kernel {kernel}: auto, triton or eager")
     needs_textbook = standardize or (W.requires_grad and torch.is_grad_enabled())
     if kernel == "auto":
         kernel = "triton" if hs.is_cuda and triton and not needs_textbook else "eager"
@@ -726,16 +736,15 @@ def main(argv=None):
         # ========================== from here on only bookkeeping ===========================
 
         # What we believe: each weight that learns got a gradient in this step, and no frozen one.
-        for name, parameter in vlm.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name
+        for parameter in vlm.parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad
         # Clip the gradient of the whole step, after the last micro-batch: clipped parts have
         # another sum.
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         loss, kl_ts, kl_st, ce, n_agree = sum_over_processes(
             [loss_here, kl_ts_here, kl_st_here, ce_here, agree_here], device)
         if not math.isfinite(loss + norm):  # the same on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}: not saved; a lower --lr "
-                     "may help")
+            sys.exit(f"step {step + 1}: loss {loss}, gnorm {norm}: not saved; try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
 

@@ -166,7 +166,7 @@ def rows_of_step(step, rows, args, rank, world):
     batch = []
     for position in range(step * args.batch, (step + 1) * args.batch):
         epoch, place = divmod(position, len(rows))
-        index = int(shuffled(len(rows), args.seed, epoch)[place])
+        index = shuffled(len(rows), args.seed, epoch)[place]
         batch.append(rows[index])
 
     # Inside a batch the order is free, since its loss is one sum.  Rows alike in length, with or
@@ -317,15 +317,14 @@ def main(argv=None):
         # ========================== from here on only bookkeeping ===========================
 
         # What we believe: each weight that learns got a gradient in this step, and no frozen one.
-        for name, parameter in vlm.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name
+        for parameter in vlm.parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad
         # Clip the gradient of the whole step, after the last micro-batch: clipped parts have
         # another sum.
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         [loss] = sum_over_processes([loss_here], device)
         if not math.isfinite(loss + norm):  # the same on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}: not saved; a lower --lr "
-                     "may help")
+            sys.exit(f"step {step + 1}: loss {loss}, gnorm {norm}: not saved; try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
 

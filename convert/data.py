@@ -44,7 +44,7 @@ def parse_args(argv):
     if args.workers < 1:
         sys.exit("--workers: give 1 or more")
     if not args.out.endswith(".jsonl") or os.path.lexists(args.out):
-        sys.exit(f"--out {args.out}: give the name of a new file, ending with .jsonl")
+        sys.exit(f"--out {args.out}: give the name of a new .jsonl file")
 
     args.folder = Path(args.out).parent.resolve()
     args.images = Path(args.images or args.folder).resolve()
@@ -159,7 +159,8 @@ def convert_all(rows, args):
     kinds = {}  # {is a pair: where the last such row is}
     with ProcessPoolExecutor(args.workers) as pool:
         results = pool.map(functools.partial(convert, args=args), rows, chunksize=16)
-        for where, line, problem, notes in tqdm(results, total=len(rows)):
+        # disable=None: a bar on a terminal, none in a log file
+        for where, line, problem, notes in tqdm(results, total=len(rows), disable=None):
             counts.update(notes)
             if problem:
                 tqdm.write(f"{where}: {problem}")  # print would tear the progress bar
@@ -178,7 +179,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # bad rows may hold what cannot be printed
     rows = []
     for path in args.files:
-        rows.extend(read_rows(path))
+        rows += read_rows(path)
     try:
         lines, counts = convert_all(rows, args)
     except BrokenExecutor:

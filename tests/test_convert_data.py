@@ -491,13 +491,13 @@ def test_what_is_there_is_not_overwritten(folder):
     (folder / "old.jsonl").write_text("precious")
     os.symlink("nowhere", "link.jsonl")
     for out in ("a.jsonl", "old.jsonl", "link.jsonl"):
-        assert f"--out {out}: give the name of a new file" in refused("a.jsonl", out=out)
+        assert f"--out {out}: give the name of a new .jsonl file" in refused("a.jsonl", out=out)
     assert (folder / "old.jsonl").read_text() == "precious"
 
 
 def test_flags_are_checked_first(folder):
     write_lines("a.jsonl", [row()])
-    assert "ending with .jsonl" in refused("a.jsonl", out="mine.json")
+    assert "a new .jsonl file" in refused("a.jsonl", out="mine.json")
     assert "give 1 or more" in refused("a.jsonl", workers=0)
     assert refused("a.jsonl", "no.jsonl") == "no.jsonl: no such file"
     assert refused("pictures") == "pictures: no such file"

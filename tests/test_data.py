@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from functools import cache
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
@@ -168,16 +169,20 @@ def test_multiple_choice():
     assert places == {0, 1, 2, 3}
     for problem in some:
         a, b, c, d = problem["choices"]
-        assert problem["kind"] == "choice_text"
         assert len({a, b, c, d}) == 4
         assert problem["question"].endswith(f"A.{a} B.{b} C.{c} D.{d}")
 
 
-def test_a_wrong_choice_is_a_positive_number():
+def test_kind_says_whether_there_are_choices():
+    """eval.py grades by it; and a negative angle among them would be no question."""
     for problem in problems():
-        for choice in problem["choices"] or []:
-            assert numbers_in(choice)[0] > 0
+        if problem["kind"] == "free":
+            assert problem["choices"] is None
+            continue
+        assert problem["kind"] == "choice_text"
+        for choice in problem["choices"]:
             assert "-" not in choice
+            assert numbers_in(choice)[0] > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,6 +335,15 @@ def test_pixels_spell_the_characters():
                 assert picture.crop(box).tobytes() == glyph.tobytes()
 
 
+def test_large_figures_have_smooth_strokes():
+    """A real encoder is used to them; at 108 pixels grey would only blur."""
+    for problem in problems()[:12]:
+        small = np.unique(dg.draw_strokes(problem, 108))
+        large = np.unique(dg.draw_strokes(problem, 384))
+        assert small.tolist() == [0, 255]
+        assert len(large) > 2
+
+
 @pytest.mark.parametrize("size", [108, 384])
 def test_a_character_without_a_glyph_is_an_error(size):
     draw = ImageDraw.Draw(Image.new("L", (9, 9)))
@@ -418,10 +432,28 @@ def test_row_files(data, name):
                 assert picture.tobytes() == pictures[kind].tobytes()
 
 
-def test_the_numbers_of_rows(data):
+def test_what_the_manifest_says_is_true(data):
+    manifest = json.loads(data["manifest.json"])
     counts = {name: len(rows_in(data, name)) for name in FILES}
-    assert counts == FILES
-    assert json.loads(data["manifest.json"])["rows"] == FILES
+    assert manifest["rows"] == counts == FILES
+    assert {name: manifest[name] for name in ("seed", "n", "n_test", "size")} == {
+        "seed": 0, "n": 24, "n_test": 6, "size": 108}
+    for name, digest in manifest["sha256"].items():
+        assert sha256(data[name]).hexdigest() == digest
+    assert manifest["sha256"].keys() == {f"{name}.jsonl" for name in FILES}
+
+    everything = sha256()
+    for problem in problems(24) + problems(6, "test"):
+        pixels = sha256()
+        for kind in ("figure", "labelled", "question"):
+            with Image.open(BytesIO(data[f"images/{problem['id']}-{kind}.png"])) as picture:
+                pixels.update(picture.tobytes())
+        everything.update(pixels.digest())
+    assert manifest["pixels_sha256"] == everything.hexdigest()
+
+
+def test_files_can_be_read_by_people(data):
+    assert "angle E=74°" in data["stage1.jsonl"].decode()  # not \u00b0
 
 
 def test_test_rows_have_each_problem_in_every_version(data):
@@ -570,8 +602,9 @@ def test_two_processes_on_one_folder_leave_one_whole_data_set(data, tmp_path, mo
     "--n -1", "--n_test -1", "--size 107", "--workers 0", "--show -1", "--show 0 --n 2",
     "--show 0 --workers 2", "--out file", "--out folder", "--out file/below"])
 def test_refused(flags, tmp_path, monkeypatch):
-    """In one line that names the flag; what stands there may be the only copy."""
+    """Before anything runs, in a line that names the flag; what is there may be the only copy."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(dg, "draw_problem")  # so whoever starts to draw gets a NameError
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / ".note").write_text("mine")
@@ -582,6 +615,7 @@ def test_refused(flags, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_empty_folder_is_filled(data, tmp_path):
+def test_a_folder_may_be_there_if_it_is_empty_and_its_parents_need_not(data, tmp_path):
     (tmp_path / "d").mkdir()
     assert make(tmp_path / "d") == data
+    assert make(tmp_path / "some" / "where") == data

@@ -73,13 +73,13 @@ def reference(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, n_to
     return loss / (n_total or max(1, len(labels)))
 
 
-def example(N=6, H=32, V=101, scale=0.5):
-    """-> hs, ht (N, H), W (V, H), labels (N,), every fifth -100; hs is scale * noise from ht"""
+def example(N=5, H=32, V=101, scale=0.5):
+    """-> hs, ht (N, H), W (V, H), labels (N,), every third -100; hs is scale * noise from ht"""
     torch.manual_seed(0)
     ht = torch.randn(N, H)
     hs = ht + scale * torch.randn(N, H)
     labels = torch.randint(0, V, (N,))
-    labels[::5] = -100
+    labels[::3] = -100
     W = torch.randn(V, H) * 0.5
     return hs.requires_grad_(), ht, W, labels
 
@@ -432,7 +432,7 @@ def test_a_label_beyond_the_vocabulary_does_not_pass(kernel, label):
 # --------------------------------------------------------------------------------------------------
 # Chunks, sums of micro-batches, autograd
 
-@pytest.mark.parametrize("n", [1, 4])  # of 6 rows: the last chunk of 4 has 2
+@pytest.mark.parametrize("n", [1, 3])  # of 5 rows: the last chunk of 3 has 2
 def test_chunks_of_any_size_give_the_same(kernel, n):
     inputs = example()
     setting = {"alpha": 0.3, "lam": 0.4, "tau": 2, "kernel": kernel}
@@ -456,17 +456,17 @@ def test_the_gradient_scales_with_what_comes_from_above(kernel):
 
 
 def test_micro_batches_add_up(kernel):
-    """With the n_total of all, sums and gradients of 4 and 2 rows are those of 6."""
+    """With the n_total of all, sums and gradients of 3 and 2 rows are those of 5."""
     hs, ht, W, labels = example()
     setting = {"alpha": 0.3, "lam": 0.4, "tau": 2, "kernel": kernel}
     loss, parts, gradient = run(hs, ht, W, labels, **setting)
     loss_sum = 0.0
     ce_sum = 0.0
     gradients = []
-    for rows in (slice(0, 4), slice(4, 6)):
+    for rows in (slice(0, 3), slice(3, 5)):
         student = hs[rows].detach().requires_grad_()
         part_loss, part, part_gradient = run(
-            student, ht[rows], W, labels[rows], n_total=6, **setting)
+            student, ht[rows], W, labels[rows], n_total=5, **setting)
         loss_sum += part_loss
         ce_sum += part["ce"]
         gradients.append(part_gradient)
@@ -616,7 +616,7 @@ def test_a_head_that_learns_gets_the_gradient_of_the_student_alone(kernel, stand
     by_hs, by_W = torch.autograd.grad(loss, (hs64, W64))
 
     with pytest.MonkeyPatch.context() as patch:
-        set_chunk_rows(patch, 4)
+        set_chunk_rows(patch, 3)
         for student in (hs, hs.detach(), hs):  # the middle one: only the head learns
             loss, _ = stage2_kl_align.kl_align_loss(
                 student, ht, W, labels, kernel=kernel, **setting)
@@ -864,7 +864,7 @@ STANDARDIZED = fixed(test_standardized_is_the_reference_in_float64, alpha=0.2, l
 BFLOAT16 = fixed(test_bfloat16_gradient_keeps_its_accuracy_as_the_student_arrives, scale=0.001)
 FLOAT32_FAR = fixed(test_float32_keeps_its_digits_as_the_student_arrives, scale=0.03)
 FLOAT32_NEAR = fixed(test_float32_keeps_its_digits_as_the_student_arrives, scale=0.0001)
-CHUNKS = fixed(test_chunks_of_any_size_give_the_same, n=4)
+CHUNKS = fixed(test_chunks_of_any_size_give_the_same, n=3)
 LOUD_AT_THE_END = fixed(test_the_running_maximum_over_blocks_may_grow_or_stay, place="last")
 THREE_BLOCKS = fixed(test_odd_shapes, N=3, V=4097)
 BEYOND = fixed(test_a_label_beyond_the_vocabulary_does_not_pass, label=101)
@@ -1125,8 +1125,8 @@ KERNEL_SLIPS = [
          "hard_weight = (1 - lam) / max(1, len(hs))",
          test_micro_batches_add_up),
     Slip("what comes from above is ignored",
-         "(grad_loss * dhs).to(ctx.dtype)",
-         "(grad_loss * 0 + dhs).to(ctx.dtype)",
+         "grad_loss * dhs",
+         "grad_loss * 0 + dhs",
          test_the_gradient_scales_with_what_comes_from_above),
     Slip("a slab for all rows",
          "slab = torch.empty(2 * n, len(W)",
