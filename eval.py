@@ -973,7 +973,7 @@ def caption_loss(vlm, tokenizer, folder, device):
 
 def print_caption_loss(vlm, tokenizer, folder, device, when):
     """A model that only ever gets text may unlearn to look: this number shows it. folder None: nothing."""
-    if folder is not None:
+    if folder is not None and read_json(folder, "manifest.json")["n_test"] > 0:
         loss = caption_loss(vlm, tokenizer, folder, device)
         if is_main_process():
             print(f"caption loss {when}: {loss:.3f} nats a token", flush=True)

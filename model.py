@@ -132,8 +132,9 @@ class VLM(nn.Module):
         # A process whose rows have no picture still sends a blank one through and uses none of its
         # features: DDP waits on every process for a gradient of every trainable parameter.
         if n_pictures == 0:
-            projector_learns = next(self.projector.parameters()).requires_grad
-            if not (projector_learns and self.training and torch.is_grad_enabled()):
+            parameters = [*self.vision_model.parameters(), *self.projector.parameters()]
+            learns = any(parameter.requires_grad for parameter in parameters)
+            if not (learns and self.training and torch.is_grad_enabled()):
                 return x
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
 
@@ -156,7 +157,6 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(self, batch, max_new_tokens, stop_id, pad_id):
         """Greedy decoding; prompts are padded on the left. -> (B, <= max_new_tokens) token ids"""
-        self.eval()
         return self.language_model.generate(
             inputs_embeds=self.embed(batch.input_ids, batch.pixel_values),
             attention_mask=batch.attention_mask,
@@ -172,6 +172,10 @@ class VLM(nn.Module):
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # of Pillow's: for EPS it starts a program
 MAX_PIXELS = 50_000_000  # ours: 200 MB decoded; a file of a few kB can claim far more
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be read; the message names it."""
 
 
 @dataclass
@@ -195,7 +199,7 @@ def load_image(path, size, pad_color=None):
 
     Resized without keeping the aspect, as in the released Qwen2 code; with a pad_color (R, G, B)
     keeping it, on a square of that color, as in the released DeepSeek code.  Of an animation the
-    first frame.  Raises ValueError, naming the file, if it is broken or larger than MAX_PIXELS.
+    first frame.  Raises BadPicture, naming the file, if it is broken or larger than MAX_PIXELS.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -204,8 +208,8 @@ def load_image(path, size, pad_color=None):
             image = ImageOps.exif_transpose(image)  # phones store the turn beside the pixels
             image = image.convert("RGBA")
     except (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error,
-            Image.DecompressionBombError) as error:  # all seen, of 117,377 damaged pictures
-        raise ValueError(f"picture {path} cannot be read: {error}") from None
+            Image.DecompressionBombError) as error:  # each was seen with a damaged file
+        raise BadPicture(f"picture {path} cannot be read: {error}") from None
 
     white = Image.new("RGBA", image.size, "white")  # convert("RGB") makes transparency black
     image = Image.alpha_composite(white, image).convert("RGB")
@@ -224,12 +228,12 @@ def encode_example(tokenizer, config, row, form="", answer=True):
     config  of the VLM, see assemble
     row     a data row; its fields are read with the suffix `form`, "" or "_2"
     answer  False: the prompt only, for generation
-    raises  ValueError, naming row and file, for a picture that cannot be read
+    raises  BadPicture, naming row and file
 
-    The picture's placeholders come before the words, where a text-only prompt has its conditions.
-    They are put in HERE, before the model, so that labels and logits count positions alike.  (The
-    released Qwen code expands them inside forward; its alignment loss then picks other rows, see
-    the README.)
+    The picture's placeholders stand before the question, so that every word can attend to the
+    picture.  They are put in HERE, before the model, so that labels and logits count positions
+    alike.  (The released Qwen code expands them inside forward; its alignment loss then picks other
+    rows, see the README.)
     """
     # The chat template says what stands before and after the user's words.
     mark = "\x00"
@@ -247,8 +251,8 @@ def encode_example(tokenizer, config, row, form="", answer=True):
         path = os.path.join(row["folder"], row[f"image_url{form}"])
         try:
             pixels = load_image(path, config["image_size"], config["pad_color"])
-        except ValueError as error:
-            raise ValueError(f"{row['where']}: {error}") from None
+        except BadPicture as error:
+            raise BadPicture(f"{row['where']}: {error}") from None
         prompt += [config["image_token_id"]] * config["image_tokens"]
         instruction = config["after_image"] + instruction
 
@@ -341,8 +345,8 @@ def on_main_process(function, *inputs):
 class JsonLines:
     """The rows of JSONL files, in the order given: len(rows), rows[i] -> dict.
 
-    Only where each line starts stays in memory, 24 bytes a row.  As dicts 700,000 pairs would take
-    2.6 GB, and every process of a run, and every worker, has its own.
+    Only where each line starts stays in memory, 24 bytes a row.  As dicts a million rows would take
+    gigabytes, and every process of a run, and every worker, has its own.
     """
 
     def __init__(self, paths):
@@ -363,26 +367,26 @@ class JsonLines:
     def __len__(self):
         return len(self.places)
 
+    def where(self, i):
+        file, line_number, _ = self.places[i]
+        return f"{self.paths[file]}:{line_number}"
+
     def __getitem__(self, i):
         """The row, with "where", its file:line, and "folder", where its pictures are.
 
-        The file is opened anew each time, 20 microseconds.  Kept open, it would be shared by
-        DataLoader workers after a fork: one moves the position while another reads, and rows come
-        out wrong.
+        The file is opened anew each time.  Kept open, it would be shared by DataLoader workers
+        after a fork: one moves the position while another reads, and rows come out wrong.
         """
-        file, line_number, start = self.places[i].tolist()
+        file, _, start = self.places[i]
         path = self.paths[file]
-        where = f"{path}:{line_number}"
-        try:
-            with open(path, "rb") as f:
-                f.seek(start)
-                row = json.loads(f.readline())  # of bytes: with or without a byte order mark
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}") from None
+        with open(path, "rb") as f:
+            f.seek(start)
+            row = json.loads(f.readline())  # of bytes: with or without a byte order mark
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: not a JSON object")
+            raise ValueError("not a JSON object")
         row["image_url"] = row.get("image_url") or ""  # null means text only, too
         row["image_url_2"] = row.get("image_url_2") or ""
+        where = self.where(i)
         return {"id": where} | row | {"where": where, "folder": os.path.dirname(path)}
 
 
@@ -390,33 +394,33 @@ def check_rows(rows, fields):
     """Exits with file:line and what is wrong at the first row that cannot be used."""
     if len(rows) == 0:
         sys.exit(f"{', '.join(rows.paths)}: no rows")
-    try:
-        for i in range(len(rows)):
+    for i in range(len(rows)):
+        try:
             check_row(rows[i], fields)
-    except ValueError as error:  # not skipped: that would silently change the data
-        sys.exit(str(error))
+        except (ValueError, RecursionError) as error:  # a skip would silently change the data
+            sys.exit(f"{rows.where(i)}: {error}")
 
 
 def check_row(row, fields):
     """Raises ValueError if a field or a picture is missing, or a pair has two answers."""
     if "conversations" in row or row.get("input"):
-        raise ValueError(f"{row['where']}: LLaVA's and Alpaca's rows: convert/data.py turns them")
+        raise ValueError("LLaVA's and Alpaca's rows go through convert/data.py first")
     for field in fields:
         text = row.get(field)
         if not isinstance(text, str):
-            raise ValueError(f"{row['where']}: field {field!r} is missing or not a string")
-        if re.search("[\ud800-\udfff]", text):  # passes as JSON and stops a tokenizer
-            raise ValueError(f"{row['where']}: field {field!r} holds half a character")
+            raise ValueError(f"field {field!r} is missing or not a string")
+        if re.search("[\x00\ud800-\udfff]", text):  # JSON lets them pass, no tokenizer or file does
+            raise ValueError(f"field {field!r} holds a zero or half a character")
         if field.startswith("output") and not text.strip():
-            raise ValueError(f"{row['where']}: field {field!r} is empty: nothing to learn")
+            raise ValueError(f"field {field!r} is empty: nothing to learn")
         if field.startswith("image_url") and text:
             folder = os.path.realpath(row["folder"])
             path = os.path.realpath(os.path.join(folder, text))
             inside = path.startswith(os.path.join(folder, ""))  # not with "..", a link, a URL
             if not inside or not os.path.isfile(path):
-                raise ValueError(f"{row['where']}: picture {text} is no file inside {folder}")
+                raise ValueError(f"picture {text} is no file inside {folder}")
     if "output_2" in fields and row["output"] != row["output_2"]:
-        raise ValueError(f"{row['where']}: the answers of a pair differ")
+        raise ValueError("the answers of a pair differ")
 
 
 def open_data(data, name, fields):
@@ -582,7 +586,7 @@ def assemble(vision_model, projector, language_model, tokenizer, config):
     patches_a_side = vision_model.config.image_size // vision_model.config.patch_size
     config["image_tokens"] = patches_a_side ** 2 - config["drop_first"]
     config["image_token_id"] = image_token_id
-    return VLM(vision_model, projector, language_model, config)
+    return VLM(vision_model, projector, language_model, config).eval()
 
 
 def dtypes_of_parts(device, trained, frozen_dtype):
@@ -593,7 +597,7 @@ def dtypes_of_parts(device, trained, frozen_dtype):
     return {part: torch.float32 if part in trained else frozen_dtype for part in parts}
 
 
-def pretrained(model_class, folder, dtype, not_built=r"\Z", config=None):
+def pretrained(model_class, folder, dtype, not_built=None, config=None):
     """model_class.from_pretrained, but exits when the files do not hold the model's weights.
 
     not_built  regular expression: names that may be in the files and not in the model
@@ -612,7 +616,10 @@ def pretrained(model_class, folder, dtype, not_built=r"\Z", config=None):
 
     missing = sorted(report["missing_keys"])
     misshapen = [name for name, *_ in report["mismatched_keys"]]
-    left_over = [name for name in report["unexpected_keys"] if not re.match(not_built, name)]
+    left_over = []
+    for name in report["unexpected_keys"]:
+        if not_built is None or not re.match(not_built, name):
+            left_over.append(name)
     if missing or misshapen or left_over:
         sys.exit(f"{folder} is not what its config.json describes: missing {missing[:2]}, of "
                  f"another shape {misshapen[:2]}, left over {sorted(left_over)[:2]}")
@@ -669,9 +676,10 @@ def save_vlm(folder, vlm, tokenizer):
 # its name at the end; a rename cannot happen by half.  After a power cut the name may be there and
 # the contents not: hashes.json shows it.  No pickle anywhere: loading one runs code.
 
+# Flags that may change when a run goes on: none decides what is learnt.
 MAY_DIFFER = ("out", "resume", "save_every", "micro_batch", "workers", "evaluate", "show")
-WRITTEN = r"(step|part)-\d+|metrics\.jsonl|eval\.json|replies\.jsonl"  # --no-resume deletes these
-WEIGHTS = r"(model|projector).*\.safetensors"
+RUN_FILES = r"(step|part)-\d+|metrics\.jsonl|eval\.json|replies\.jsonl"  # --no-resume deletes them
+WEIGHTS = r"(model|projector).*\.safetensors"  # of a parent: with others it is another run
 
 
 def file_hashes(folder, names=".*"):
@@ -691,14 +699,13 @@ def file_hashes(folder, names=".*"):
 
 
 def is_intact(folder):
-    """True when the folder holds the files that hashes.json names, as they were written."""
+    """True when the folder holds the files that hashes.json names, as written; maybe others too."""
     try:
         expected = read_json(folder, "hashes.json")
     except (OSError, ValueError):  # absent or unreadable
         return False
     found = file_hashes(folder)
-    del found["hashes.json"]
-    return found == expected
+    return len(expected) > 0 and all(found.get(name) == expected[name] for name in expected)
 
 
 def steps_in(out):
@@ -764,18 +771,18 @@ def start_run(args, rows, script):
     if not args.resume:
         for name in os.listdir(args.out):
             path = os.path.join(args.out, name)
-            if re.fullmatch(WRITTEN, name):  # nothing else that lies there
+            if re.fullmatch(RUN_FILES, name):  # nothing else that lies there
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     newest = newest_checkpoint(args.out)
     if newest is None:
         return run, None
 
-    then = read_json(newest, "trainer_state.json")["run"]
+    saved = read_json(newest, "trainer_state.json")["run"]
     differences = []
-    for what, value in run.items():
-        if what not in MAY_DIFFER and then.get(what) != value:
-            is_flag = hasattr(args, what)
-            differences.append(f"--{what} was {then.get(what)}" if is_flag else f"other {what}")
+    for key, value in run.items():
+        if key not in MAY_DIFFER and saved.get(key) != value:
+            is_flag = hasattr(args, key)
+            differences.append(f"--{key} was {saved.get(key)}" if is_flag else f"other {key}")
     if differences:
         sys.exit(f"{newest} is from another run ({', '.join(differences)}): give its flags, "
                  "another --out or --no-resume")
@@ -793,10 +800,11 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, run):
     write_json({"step": step, "run": run}, part, "trainer_state.json")
     write_json(file_hashes(part), part, "hashes.json")
 
-    shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one; this run has passed it over
     os.rename(part, final)  # now the checkpoint exists
-    for old in steps_in(out)[2:]:
-        shutil.rmtree(os.path.join(out, f"step-{old}"))
+    steps = [other for other in steps_in(out) if other <= step]  # later ones are damaged, too
+    for other in set(steps_in(out)) - set(steps[:2]):
+        shutil.rmtree(os.path.join(out, f"step-{other}"))
 
 
 def optimizer_tensors(vlm, optimizer):

@@ -16,7 +16,7 @@ Read this one first: it is a whole training script without a framework, and the 
     main                 load, freeze, resume, then the loop: loss, gradient, step, log, checkpoint
 
 Why text first: stage 2 pulls the picture form of a problem to the text form.  That can only be
-worth its name when the text form is right.  Why gently: the same weights have to go on
+worth its name when the text form is right.  What it may cost: the same weights have to go on
 understanding pictures, which stage 1 never shows; the line `caption loss` says how much was lost.
 
 Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the
@@ -44,8 +44,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
-from model import (IGNORE, ROW, JsonLines, load_optimizer, make_batches, on_main_process, open_data,
-                   save_checkpoint, start_run, start_vlm)
+from model import (IGNORE, ROW, BadPicture, JsonLines, load_optimizer, make_batches,
+                   on_main_process, open_data, save_checkpoint, start_run, start_vlm)
 
 TRAINABLE = ("language_model",)  # children of VLM that learn in this stage; all others are frozen
 FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
@@ -61,23 +61,23 @@ def make_parser():
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--init", default="tiny", help="model folder to start from")
-    add("--llm", help="instead of --init: Qwen2 or Llama model, folder or Hugging Face id")
-    add("--vision", help="and with it: SigLIP model or vision tower, folder or id")
-    add("--projector", choices=["mlp", "gated"], help="a new one for these; None: mlp")
+    add("--init", default="tiny", help="model to start from")
+    add("--llm", help="instead of --init: Qwen2 or Llama, folder or id")
+    add("--vision", help="and with it: SigLIP or its tower, folder or id")
+    add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
-    add("--out", default="out/stage1", help="run folder for checkpoints and metrics")
-    add("--steps", type=int, default=125, help="optimizer steps (ours: one pass)")
+    add("--out", default="out/stage1", help="folder of checkpoints, metrics")
+    add("--steps", type=int, default=125, help="optimizer steps (one pass)")
     add("--batch", type=int, default=32, help="rows a step, all processes (reported: 512)")
-    add("--micro_batch", type=int, default=16, help="rows a forward pass; not the result")
+    add("--micro_batch", type=int, default=16, help="rows a forward pass")
     add("--lr", type=float, default=3e-4, help="highest learning rate (reported: 1e-5)")
-    add("--warmup", type=float, default=0.02, help="share of steps while it rises (reported)")
+    add("--warmup", type=float, default=0.02, help="share of rising steps (reported)")
     add("--weight_decay", type=float, default=0.1, help="of matrices (reported, script)")
     add("--clip", type=float, default=1.0, help="highest gradient norm, 0: no limit")
-    add("--max_length", type=int, default=1024, help="tokens; longer rows drop (script: 2048)")
-    add("--seed", type=int, default=3407, help="of row order, new projector (script: 3407)")
+    add("--max_length", type=int, default=1024, help="tokens of a row (script: 2048)")
+    add("--seed", type=int, default=3407, help="of row order, projector (script: 3407)")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
-        help="processes that make batches, for each that trains")
+        help="processes that make batches")
     add("--save_every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from --out")
     return parser
@@ -96,19 +96,22 @@ def parse_args(argv=None):
     for flag, value in vars(args).items():
         lowest = 1 if flag in AT_LEAST_1 else 0
         highest = 1 if flag in AT_MOST_1 else 10 ** 9
-        if isinstance(value, (int, float)) and not lowest <= value <= highest:  # nor not a number
+        # Refuses nan as well: every comparison with it is false.
+        if isinstance(value, (int, float)) and not lowest <= value <= highest:
             parser.error(f"--{flag} {value}: give a value from {lowest} to {highest}")
         if value != parser.get_default(flag):
             line += f" {flag}={value}*"
 
-    if bool(args.llm) != bool(args.vision) or (args.llm and " init=" in line):
-        parser.error("--llm and --vision go together, and stand instead of --init")
+    if bool(args.llm) != bool(args.vision):
+        parser.error("--llm and --vision go together")
+    if args.llm and args.init != parser.get_default("init"):
+        parser.error("--llm and --vision stand instead of --init")
     if args.projector and not args.llm:
-        parser.error("--projector is for --llm and --vision; --init has its own")
+        parser.error("--projector goes with --llm and --vision")
     if args.llm:
         args.init = None
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(line)
     return args
 # <<<
 
@@ -123,10 +126,17 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # It is initialized already when a later stage has to run this one first.
+    # Already done when one stage starts another in this process.
     if world > 1 and not dist.is_initialized():
         dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
     return rank, world, device
+
+
+def leave_processes():
+    """Waits for all processes, rank 0 may still be writing; from here on each is alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def sum_over_processes(values, device):
@@ -160,6 +170,7 @@ def rows_of_step(step, rows, args, rank, world):
     run on more processes see the same batches.  An epoch is a permutation of all rows; its end does
     not cut a batch short, the next epoch fills it up.
     """
+    # All of them are read, since sorting needs their lengths; pictures are opened for ours only.
     batch = []
     for position in range(step * args.batch, (step + 1) * args.batch):
         epoch, place = divmod(position, len(rows))
@@ -207,7 +218,8 @@ class StepBatches(Dataset):
 def batches_of_steps(dataset, first_step):
     """Yields (step, item of StepBatches) for the rest of the run, under a progress bar."""
     args = dataset.args
-    # By its other strategy each tensor on its way holds a file descriptor, and they run out.
+    # A worker is two steps ahead, in shared memory (/dev/shm; Docker gives 64 MB: --shm-size).  By
+    # the default strategy each tensor there holds an open file, and those run out.
     torch.multiprocessing.set_sharing_strategy("file_system")
     steps = range(first_step, args.steps)
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
@@ -215,14 +227,14 @@ def batches_of_steps(dataset, first_step):
     bar = tqdm(steps, initial=first_step, total=args.steps, disable=dataset.rank > 0 or None)
     try:
         yield from zip(bar, loader)
-    except ValueError as error:  # a bad picture; of a worker's traceback only the last line says it
+    except BadPicture as error:  # from a worker it comes with a traceback: the last line says it
         sys.exit(str(error).strip().split("\n")[-1])
 # <<<
 
 
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
-    """AdamW over exactly what learns. Norms and biases are not decayed: they only set scales."""
+    """AdamW over exactly what learns. Norms and biases, the vectors, are not decayed, as usual."""
     learning = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in learning if parameter.ndim > 1]
     vectors = [parameter for parameter in learning if parameter.ndim <= 1]
@@ -251,7 +263,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     if args.batch < world:
-        sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row")
+        sys.exit(f"--batch {args.batch}: too few rows for {world} processes")
     rows, folder = open_data(args.data, "stage1.jsonl", ROW)
 
     # A run explains itself: flags, parent, data and the text of this very script are in every
@@ -260,7 +272,7 @@ def main(argv=None):
     vlm, tokenizer = start_vlm(args, checkpoint, device, TRAINABLE)
 
     # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for
-    # ever; and before the optimizer, which would decay even a weight that never gets a gradient.
+    # ever; and before make_optimizer, which takes what needs one.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
         n_parameters = sum(parameter.numel() for parameter in child.parameters())
@@ -271,10 +283,11 @@ def main(argv=None):
     first_step = load_optimizer(checkpoint, vlm, optimizer) if checkpoint else 0
 
     # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged
-    # while backward runs.  vlm stays the bare module: what is not trained through is asked of it.
+    # while backward runs.  `model` is for the pass that is trained; vlm stays the module itself,
+    # for weights, checkpoints and passes without a gradient.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     evaluation.print_caption_loss(vlm, tokenizer, folder, device, "before")
-    vlm.train()  # of these backbones nothing behaves otherwise: none has dropout
+    vlm.train()  # there is no dropout here; but embed then gives a batch without a picture a blank
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
     rows_seen = 0
@@ -292,7 +305,7 @@ def main(argv=None):
         loss_here = 0.0
 
         # ========================= the method: one step of stage 1 ==========================
-        for k, [batch] in enumerate(micro_batches):
+        for k, [batch] in enumerate(micro_batches):  # FORMS has one entry, and so has this list
             batch = batch.to(device)
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
                 model.require_backward_grad_sync = (k == len(micro_batches) - 1)
@@ -345,12 +358,9 @@ def main(argv=None):
         return
     if args.steps == 0:  # nothing to train, but whoever asked wants a model there
         save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
-    seconds = time.perf_counter() - started
-    print(f"stage 1 done in {seconds:.0f} s: {args.out}/step-{args.steps}", flush=True)
+    print(f"stage 1 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 may still be writing
-        dist.destroy_process_group()
+    leave_processes()

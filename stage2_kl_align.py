@@ -16,8 +16,8 @@ Differs from the released code in: the README's section "Paper, released code, t
 In this order: flags; the blocks that all stages share; the loss (equations, textbook, how to make
 it fast, kernel); the two forms of a pair; --show; main.
 
-To fork it, change first: align_rows, the loss in twelve lines (with --kernel eager it runs on a GPU
-too); or TRAINABLE; or what stands between the two banners in main.
+To fork it, change first: align_rows, the loss as a textbook has it (with --kernel eager it runs on
+a GPU too); or TRAINABLE; or what stands between the two banners in main.
 """
 from __future__ import annotations  # tl.constexpr is but a name where Triton is not installed
 
@@ -43,7 +43,7 @@ from transformers import PreTrainedTokenizerFast
 import data_gen
 import eval as evaluation
 import stage1_text_sft
-from model import (IGNORE, PAIR, JsonLines, is_finished, load_optimizer, make_batches,
+from model import (IGNORE, PAIR, BadPicture, JsonLines, is_finished, load_optimizer, make_batches,
                    on_main_process, open_data, save_checkpoint, start_run, start_vlm)
 
 try:
@@ -67,12 +67,12 @@ def make_parser():
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--init", default="out/stage1", help="model folder to start from")
-    add("--llm", help="instead of --init: Qwen2 or Llama model, folder or Hugging Face id")
-    add("--vision", help="and with it: SigLIP model or vision tower, folder or id")
-    add("--projector", choices=["mlp", "gated"], help="a new one for these; None: mlp")
+    add("--init", default="out/stage1", help="model to start from")
+    add("--llm", help="instead of --init: Qwen2 or Llama, folder or id")
+    add("--vision", help="and with it: SigLIP or its tower, folder or id")
+    add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
-    add("--out", default="out/stage2", help="run folder for checkpoints and metrics")
+    add("--out", default="out/stage2", help="folder of checkpoints, metrics")
     add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: text, or a level up")
     add("--alpha", type=float, default=0.5, help="of KL(teacher||student) (reported .2, script .5)")
     add("--lam", type=float, default=0.5, help="share of the KLs in the loss (reported, script .1)")
@@ -81,15 +81,15 @@ def make_parser():
     add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: by device")
     add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass)")
     add("--batch", type=int, default=32, help="pairs a step, all processes (reported: 64)")
-    add("--micro_batch", type=int, default=16, help="pairs a forward pass; not the result")
+    add("--micro_batch", type=int, default=16, help="pairs a forward pass at most")
     add("--lr", type=float, default=1e-3, help="highest learning rate (reported: 5e-5)")
-    add("--warmup", type=float, default=0.02, help="share of steps while it rises (reported)")
+    add("--warmup", type=float, default=0.02, help="share of rising steps (reported)")
     add("--weight_decay", type=float, default=0.1, help="of matrices (reported, script)")
     add("--clip", type=float, default=1.0, help="highest gradient norm, 0: no limit")
-    add("--max_length", type=int, default=1024, help="tokens; longer pairs drop (script: 2048)")
-    add("--seed", type=int, default=3407, help="of row order, new projector (script: 3407)")
+    add("--max_length", type=int, default=1024, help="tokens of a form (script: 2048)")
+    add("--seed", type=int, default=3407, help="of row order, projector (script: 3407)")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
-        help="processes that make batches, for each that trains")
+        help="processes that make batches")
     add("--save_every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from --out")
     add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with a table")
@@ -110,19 +110,22 @@ def parse_args(argv=None):
     for flag, value in vars(args).items():
         lowest = 1 if flag in AT_LEAST_1 else 0
         highest = 1 if flag in AT_MOST_1 else 10 ** 9
-        if isinstance(value, (int, float)) and not lowest <= value <= highest:  # nor not a number
+        # Refuses nan as well: every comparison with it is false.
+        if isinstance(value, (int, float)) and not lowest <= value <= highest:
             parser.error(f"--{flag} {value}: give a value from {lowest} to {highest}")
         if value != parser.get_default(flag):
             line += f" {flag}={value}*"
 
-    if bool(args.llm) != bool(args.vision) or (args.llm and " init=" in line):
-        parser.error("--llm and --vision go together, and stand instead of --init")
+    if bool(args.llm) != bool(args.vision):
+        parser.error("--llm and --vision go together")
+    if args.llm and args.init != parser.get_default("init"):
+        parser.error("--llm and --vision stand instead of --init")
     if args.projector and not args.llm:
-        parser.error("--projector is for --llm and --vision; --init has its own")
+        parser.error("--projector goes with --llm and --vision")
     if args.llm:
         args.init = None
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(line)
     return args
 # <<<
 
@@ -137,10 +140,17 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # It is initialized already when a later stage has to run this one first.
+    # Already done when one stage starts another in this process.
     if world > 1 and not dist.is_initialized():
         dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
     return rank, world, device
+
+
+def leave_processes():
+    """Waits for all processes, rank 0 may still be writing; from here on each is alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def sum_over_processes(values, device):
@@ -174,6 +184,7 @@ def rows_of_step(step, rows, args, rank, world):
     run on more processes see the same batches.  An epoch is a permutation of all rows; its end does
     not cut a batch short, the next epoch fills it up.
     """
+    # All of them are read, since sorting needs their lengths; pictures are opened for ours only.
     batch = []
     for position in range(step * args.batch, (step + 1) * args.batch):
         epoch, place = divmod(position, len(rows))
@@ -221,7 +232,8 @@ class StepBatches(Dataset):
 def batches_of_steps(dataset, first_step):
     """Yields (step, item of StepBatches) for the rest of the run, under a progress bar."""
     args = dataset.args
-    # By its other strategy each tensor on its way holds a file descriptor, and they run out.
+    # A worker is two steps ahead, in shared memory (/dev/shm; Docker gives 64 MB: --shm-size).  By
+    # the default strategy each tensor there holds an open file, and those run out.
     torch.multiprocessing.set_sharing_strategy("file_system")
     steps = range(first_step, args.steps)
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
@@ -229,14 +241,14 @@ def batches_of_steps(dataset, first_step):
     bar = tqdm(steps, initial=first_step, total=args.steps, disable=dataset.rank > 0 or None)
     try:
         yield from zip(bar, loader)
-    except ValueError as error:  # a bad picture; of a worker's traceback only the last line says it
+    except BadPicture as error:  # from a worker it comes with a traceback: the last line says it
         sys.exit(str(error).strip().split("\n")[-1])
 # <<<
 
 
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
-    """AdamW over exactly what learns. Norms and biases are not decayed: they only set scales."""
+    """AdamW over exactly what learns. Norms and biases, the vectors, are not decayed, as usual."""
     learning = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in learning if parameter.ndim > 1]
     vectors = [parameter for parameter in learning if parameter.ndim <= 1]
@@ -277,7 +289,8 @@ def write_log(args, device, numbers):
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
-# The textbook: the equations as they stand, the gradient by autograd.  It is what runs on a CPU,
+# The textbook: the equations as they stand, but for z_s, which comes from a difference, see (5);
+# the gradient by autograd.  It is what runs on a CPU,
 # and what the kernel further down has to equal.  Its values lose 1e-7 nats a token to rounding, so
 # a KL of that size is noise in the log; the gradient keeps three digits even there.
 
@@ -617,7 +630,7 @@ def count_agreements(hs, ht, W):
 
 @torch.no_grad()
 def show_pair(args, vlm, tokenizer, row, device):
-    """One pair as a table over its answer tokens. The last line is what training would log for it.
+    """One pair as a table over its answer tokens. The last line is what training on a CPU logs.
 
     Reading it: 46 and 97 can be the same token, since 81 image tokens come before the weak form's
     words.  A teacher that prefers 'angle' to '7' knows that solutions begin in three wordings.  And
@@ -665,7 +678,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     if args.batch < world:
-        sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row")
+        sys.exit(f"--batch {args.batch}: too few rows for {world} processes")
     if args.tau == 0 or (args.standardize and args.kernel == "triton"):
         sys.exit("--tau must be above 0, and --standardize goes without --kernel triton")
     rows, folder = open_data(args.data, f"stage2_{args.pairs}.jsonl", PAIR)
@@ -683,7 +696,7 @@ def main(argv=None):
     vlm, tokenizer = start_vlm(args, checkpoint, device, TRAINABLE)
 
     # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for
-    # ever; and before the optimizer, which would decay even a weight that never gets a gradient.
+    # ever; and before make_optimizer, which takes what needs one.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
         n_parameters = sum(parameter.numel() for parameter in child.parameters())
@@ -694,9 +707,10 @@ def main(argv=None):
     first_step = load_optimizer(checkpoint, vlm, optimizer) if checkpoint else 0
 
     # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged
-    # while backward runs.  vlm stays the bare module: what is not trained through is asked of it.
+    # while backward runs.  `model` is for the pass that is trained; vlm stays the module itself,
+    # for weights, checkpoints and passes without a gradient.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
-    vlm.train()  # of these backbones nothing behaves otherwise: none has dropout
+    vlm.train()  # there is no dropout here; but embed then gives a batch without a picture a blank
     before = fingerprint(vlm.language_model)  # not a copy: it would be as large as the model
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
@@ -765,22 +779,22 @@ def main(argv=None):
                 "rows_s": rows_seen / (time.perf_counter() - started),
                 "dropped": rows_dropped / rows_seen,
             })
+        if done == args.steps:
+            assert fingerprint(vlm.language_model) == before, "the frozen LLM has changed"
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)
 
-    assert fingerprint(vlm.language_model) == before, "the frozen language model has changed"
+    if args.evaluate:  # by rank 0 alone, for as long as it takes
+        leave_processes()
     if rank > 0:
         return
     if args.steps == 0:  # nothing to train, but whoever asked wants a model there
         save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
-    seconds = time.perf_counter() - started
-    print(f"stage 2 done in {seconds:.0f} s: {args.out}/step-{args.steps}", flush=True)
+    print(f"stage 2 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
     if args.evaluate and folder:  # the table is of data_gen.py's test problems
         evaluation.main([*filter(None, [args.init, args.out]), "--data", folder])
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 may still be writing
-        dist.destroy_process_group()
+    leave_processes()

@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 import stage2_kl_align
-from model import (IGNORE, ROW, JsonLines, is_finished, load_optimizer, make_batches,
+from model import (IGNORE, ROW, BadPicture, JsonLines, is_finished, load_optimizer, make_batches,
                    on_main_process, open_data, save_checkpoint, start_run, start_vlm)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn: all
@@ -63,23 +63,23 @@ def make_parser():
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--init", default="out/stage2", help="model folder to start from")
-    add("--llm", help="instead of --init: Qwen2 or Llama model, folder or Hugging Face id")
-    add("--vision", help="and with it: SigLIP model or vision tower, folder or id")
-    add("--projector", choices=["mlp", "gated"], help="a new one for these; None: mlp")
+    add("--init", default="out/stage2", help="model to start from")
+    add("--llm", help="instead of --init: Qwen2 or Llama, folder or id")
+    add("--vision", help="and with it: SigLIP or its tower, folder or id")
+    add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
-    add("--out", default="out/stage3", help="run folder for checkpoints and metrics")
-    add("--steps", type=int, default=200, help="optimizer steps (ours: 0.8 passes)")
+    add("--out", default="out/stage3", help="folder of checkpoints, metrics")
+    add("--steps", type=int, default=200, help="optimizer steps (0.8 of a pass)")
     add("--batch", type=int, default=32, help="rows a step, all processes (reported: 256)")
-    add("--micro_batch", type=int, default=16, help="rows a forward pass; not the result")
+    add("--micro_batch", type=int, default=16, help="rows a forward pass")
     add("--lr", type=float, default=3e-4, help="highest learning rate (reported: 3e-5)")
-    add("--warmup", type=float, default=0.02, help="share of steps while it rises (reported)")
+    add("--warmup", type=float, default=0.02, help="share of rising steps (reported)")
     add("--weight_decay", type=float, default=0.1, help="of matrices (reported, script)")
     add("--clip", type=float, default=1.0, help="highest gradient norm, 0: no limit")
-    add("--max_length", type=int, default=1024, help="tokens; longer rows drop (script: 2048)")
-    add("--seed", type=int, default=3407, help="of row order, new projector (script: 3407)")
+    add("--max_length", type=int, default=1024, help="tokens of a row (script: 2048)")
+    add("--seed", type=int, default=3407, help="of row order, projector (script: 3407)")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
-        help="processes that make batches, for each that trains")
+        help="processes that make batches")
     add("--save_every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from --out")
     add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with a table")
@@ -99,19 +99,22 @@ def parse_args(argv=None):
     for flag, value in vars(args).items():
         lowest = 1 if flag in AT_LEAST_1 else 0
         highest = 1 if flag in AT_MOST_1 else 10 ** 9
-        if isinstance(value, (int, float)) and not lowest <= value <= highest:  # nor not a number
+        # Refuses nan as well: every comparison with it is false.
+        if isinstance(value, (int, float)) and not lowest <= value <= highest:
             parser.error(f"--{flag} {value}: give a value from {lowest} to {highest}")
         if value != parser.get_default(flag):
             line += f" {flag}={value}*"
 
-    if bool(args.llm) != bool(args.vision) or (args.llm and " init=" in line):
-        parser.error("--llm and --vision go together, and stand instead of --init")
+    if bool(args.llm) != bool(args.vision):
+        parser.error("--llm and --vision go together")
+    if args.llm and args.init != parser.get_default("init"):
+        parser.error("--llm and --vision stand instead of --init")
     if args.projector and not args.llm:
-        parser.error("--projector is for --llm and --vision; --init has its own")
+        parser.error("--projector goes with --llm and --vision")
     if args.llm:
         args.init = None
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(line)
     return args
 # <<<
 
@@ -126,10 +129,17 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # It is initialized already when a later stage has to run this one first.
+    # Already done when one stage starts another in this process.
     if world > 1 and not dist.is_initialized():
         dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
     return rank, world, device
+
+
+def leave_processes():
+    """Waits for all processes, rank 0 may still be writing; from here on each is alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def sum_over_processes(values, device):
@@ -163,6 +173,7 @@ def rows_of_step(step, rows, args, rank, world):
     run on more processes see the same batches.  An epoch is a permutation of all rows; its end does
     not cut a batch short, the next epoch fills it up.
     """
+    # All of them are read, since sorting needs their lengths; pictures are opened for ours only.
     batch = []
     for position in range(step * args.batch, (step + 1) * args.batch):
         epoch, place = divmod(position, len(rows))
@@ -210,7 +221,8 @@ class StepBatches(Dataset):
 def batches_of_steps(dataset, first_step):
     """Yields (step, item of StepBatches) for the rest of the run, under a progress bar."""
     args = dataset.args
-    # By its other strategy each tensor on its way holds a file descriptor, and they run out.
+    # A worker is two steps ahead, in shared memory (/dev/shm; Docker gives 64 MB: --shm-size).  By
+    # the default strategy each tensor there holds an open file, and those run out.
     torch.multiprocessing.set_sharing_strategy("file_system")
     steps = range(first_step, args.steps)
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
@@ -218,14 +230,14 @@ def batches_of_steps(dataset, first_step):
     bar = tqdm(steps, initial=first_step, total=args.steps, disable=dataset.rank > 0 or None)
     try:
         yield from zip(bar, loader)
-    except ValueError as error:  # a bad picture; of a worker's traceback only the last line says it
+    except BadPicture as error:  # from a worker it comes with a traceback: the last line says it
         sys.exit(str(error).strip().split("\n")[-1])
 # <<<
 
 
 # >>> identical in stage1/2/3: optimizer and log
 def make_optimizer(vlm, args):
-    """AdamW over exactly what learns. Norms and biases are not decayed: they only set scales."""
+    """AdamW over exactly what learns. Norms and biases, the vectors, are not decayed, as usual."""
     learning = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in learning if parameter.ndim > 1]
     vectors = [parameter for parameter in learning if parameter.ndim <= 1]
@@ -254,7 +266,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     if args.batch < world:
-        sys.exit(f"--batch {args.batch} leaves some of the {world} processes without a row")
+        sys.exit(f"--batch {args.batch}: too few rows for {world} processes")
     rows, folder = open_data(args.data, "stage3.jsonl", ROW)
     if args.init == "out/stage2" and not on_main_process(is_finished, args.init):
         stage2_kl_align.main(["--data", folder or "data", "--out", args.init, "--no-evaluate"])
@@ -265,7 +277,7 @@ def main(argv=None):
     vlm, tokenizer = start_vlm(args, checkpoint, device, TRAINABLE)
 
     # Freeze before DDP, which looks once at what needs a gradient and would wait for the rest for
-    # ever; and before the optimizer, which would decay even a weight that never gets a gradient.
+    # ever; and before make_optimizer, which takes what needs one.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
         n_parameters = sum(parameter.numel() for parameter in child.parameters())
@@ -276,10 +288,11 @@ def main(argv=None):
     first_step = load_optimizer(checkpoint, vlm, optimizer) if checkpoint else 0
 
     # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged
-    # while backward runs.  vlm stays the bare module: what is not trained through is asked of it.
+    # while backward runs.  `model` is for the pass that is trained; vlm stays the module itself,
+    # for weights, checkpoints and passes without a gradient.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     evaluation.print_caption_loss(vlm, tokenizer, folder, device, "before")
-    vlm.train()  # of these backbones nothing behaves otherwise: none has dropout
+    vlm.train()  # there is no dropout here; but embed then gives a batch without a picture a blank
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
     rows_seen = 0
@@ -297,7 +310,7 @@ def main(argv=None):
         loss_here = 0.0
 
         # ========================= the method: one step of stage 3 ==========================
-        for k, [batch] in enumerate(micro_batches):
+        for k, [batch] in enumerate(micro_batches):  # FORMS has one entry, and so has this list
             batch = batch.to(device)
             if world > 1:  # processes exchange gradients once a step, with the last micro-batch
                 model.require_backward_grad_sync = (k == len(micro_batches) - 1)
@@ -346,18 +359,17 @@ def main(argv=None):
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)
 
     evaluation.print_caption_loss(vlm, tokenizer, folder, device, "after")
+    if args.evaluate:  # by rank 0 alone, for as long as it takes
+        leave_processes()
     if rank > 0:
         return
     if args.steps == 0:  # nothing to train, but whoever asked wants a model there
         save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
-    seconds = time.perf_counter() - started
-    print(f"stage 3 done in {seconds:.0f} s: {args.out}/step-{args.steps}", flush=True)
+    print(f"stage 3 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
     if args.evaluate and folder:  # the table is of data_gen.py's test problems
         evaluation.main([*filter(None, [args.init, args.out]), "--data", folder])
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 may still be writing
-        dist.destroy_process_group()
+    leave_processes()

@@ -109,7 +109,7 @@ def to_released(row, args, notes):
             value = find_picture(str(value or ""), args.images, args.folder)
         if value is not None:
             released[field] = value
-    check_row(released | {"where": "converted", "folder": args.folder}, fields)
+    check_row(released | {"folder": args.folder}, fields)
     if row.get("input"):
         released["instruction"] += f"\n{row['input']}"
     return released

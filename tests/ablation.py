@@ -1,10 +1,10 @@
-"""Train all variants on several seeds and write tests/results/ablation.json, source of the README's tables.
+"""Train all variants on several seeds and write tests/results/ablation.json, for the README.
 
-    python tests/ablation.py                                        # everything, hours on 2 CPU cores
-    python tests/ablation.py --seeds 3407 --variants stage2 ce_only # a part; adds to what the file holds
+    python tests/ablation.py                                          # all; hours on 2 CPU cores
+    python tests/ablation.py --seeds 3407 --variants stage2 ce_only   # a part, added to the file
 
-A seed changes the order of the rows in every stage; data, backbones and test problems stay the same.
-Finished runs are kept in --out and not trained again.
+A seed changes the order of the rows in every stage; data, backbones and test problems stay the
+same.  Finished runs are kept in --out and not trained again.
 """
 import argparse
 import json
@@ -63,32 +63,47 @@ def main():
                 flags, module = [*VARIANTS[name], "--init", at("stage1")], stage2_kl_align
             new[name] = run(module, at(name), [*common, *flags, "--no-evaluate"])
         runs = {}
-        if os.path.exists(path):  # read as late as possible: another process may be at another seed
+        if os.path.exists(path):  # read late: another process may be at another seed
             with open(path) as f:
                 runs = json.load(f)["runs"]
         runs[seed] = runs.get(seed, {}) | new
+        threads = torch.get_num_threads()
+        result = {
+            "command": "python tests/ablation.py",
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "machine": f"{threads} CPU threads a run, {platform.machine()}",
+            "runs": dict(sorted(runs.items())),
+        }
         with open(path, "w") as f:  # after every seed: a killed run keeps what it has
-            json.dump({"command": "python tests/ablation.py", "date": time.strftime("%Y-%m-%d"),
-                       "torch": torch.__version__,
-                       "machine": f"{torch.get_num_threads()} CPU threads a run, {platform.machine()}",
-                       "runs": dict(sorted(runs.items()))}, f, indent=1)
+            json.dump(result, f, indent=1)
     print(markdown(runs))
 
 
 def markdown(runs):
-    """The README's table: mean over the seeds that have run; if several, lowest and highest below it."""
-    head = [*LADDER, "ALL", "relative gap"]
-    lines = ["| | seeds | " + " | ".join(head) + " |", "|---|--:|" + "--:|" * len(head)]
+    """The README's table: mean over the seeds that have run; if several, lowest and highest."""
+    columns = [*LADDER, "ALL", "relative gap"]
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---|--:|" + "--:|" * len(columns)]
     for name in ["stage1", *VARIANTS]:
-        some = [r[name] for r in runs.values() if name in r]
+        results = [run[name] for run in runs.values() if name in run]
+        if not results:
+            continue
         cells = []
-        for key in [*LADDER, "all", "relative_gap"] if some else []:
-            values = [100 * (share(r["versions"][key]) if key in LADDER else r[key] or 0) for r in some]
-            spread = f" ({min(values):.1f} - {max(values):.1f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.1f}{spread}")
-        if some:
-            lines.append(f"| `{name}` | {len(some)} | " + " | ".join(cells) + " |")
+        for key in [*LADDER, "all", "relative_gap"]:
+            values = [100 * figure(result, key) for result in results]
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.1f}")
+            if len(values) > 1:
+                cells[-1] += f" ({min(values):.1f} - {max(values):.1f})"
+        lines.append(f"| `{name}` | {len(results)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def figure(result, key):
+    """A version's share of right answers, or one of the means in eval.json (None: 0)."""
+    if key in LADDER:
+        return share(result["versions"][key])
+    return result[key] or 0
 
 
 if __name__ == "__main__":

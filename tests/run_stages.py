@@ -16,5 +16,5 @@ STAGES = {1: stage1_text_sft, 2: stage2_kl_align, 3: stage3_mm_instruct}
 if __name__ == "__main__":
     for stage, flags in json.loads(sys.argv[1]):
         STAGES[stage].main(flags)
-        dist.barrier()  # rank 0 may still be writing
-    dist.destroy_process_group()
+        if dist.is_initialized():  # not after a table: each process is alone then
+            dist.barrier()  # rank 0 may still be writing

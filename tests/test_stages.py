@@ -79,8 +79,7 @@ def test_what_stage_2_alone_refuses(wrong, tmp_path):
 def test_a_flag_that_would_be_ignored_is_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         stage2_kl_align.parse_args(wrong.split())
-    said = capsys.readouterr().err
-    assert "--llm and --vision" in said
+    assert "--llm and --vision" in capsys.readouterr().err
 
 
 def test_the_first_line_says_what_is_not_the_default(capsys):
@@ -191,7 +190,7 @@ def test_a_batch_reaches_into_the_next_epoch(data):
 
 def test_a_batch_smaller_than_the_world_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(stage1_text_sft, "setup_distributed", lambda: (0, 5, torch.device("cpu")))
-    with pytest.raises(SystemExit, match="--batch 4 leaves some of the 5 processes"):
+    with pytest.raises(SystemExit, match="--batch 4: too few rows for 5 processes"):
         train(1, data, tmp_path / "out")
 
 
@@ -282,10 +281,16 @@ def test_two_processes_do_what_one_does(data, tmp_path):
         out = str(tmp_path / f"two_{name}")
         changes = changes | {"micro_batch": 1}
         if name == "stage2":
-            changes["workers"] = 1
+            changes["workers"] = 2
         line = flags(stage, files, out, **changes)
         together.append((stage, line))
-    train_with_two_processes(together, tmp_path)
+    # The last one ends with a table, made by rank 0 alone: the other must not wait for it, nor it
+    # for the other.
+    line = flags(2, data, str(tmp_path / "two_table"), steps=1)
+    line.remove("--no-evaluate")
+    together.append((2, line))
+    said = train_with_two_processes(together, tmp_path)
+    assert said.count("relative gap") == 1
 
     before = weights(TINY)
     for name, (stage, files, changes) in runs.items():
@@ -356,6 +361,26 @@ def trained_once(data, tmp_path_factory):
         RUNS["run"] = tmp_path_factory.mktemp("once") / "run"
         train(1, data, RUNS["run"], steps=2, save_every=1)
     return RUNS["run"]
+
+
+def test_files_that_others_put_into_a_checkpoint_do_not_damage_it(data, tmp_path):
+    """eval.py writes its replies there."""
+    train(1, data, tmp_path / "a", steps=1)
+    checkpoint = str(tmp_path / "a" / "step-1")
+    (tmp_path / "a" / "step-1" / "eval.json").write_text("{}")
+    assert model.newest_checkpoint(str(tmp_path / "a")) == checkpoint
+    model.load_vlm(checkpoint)
+    (tmp_path / "a" / "step-1" / "hashes.json").write_text("{}")
+    assert model.newest_checkpoint(str(tmp_path / "a")) is None
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_with_higher_numbers(data, tmp_path):
+    train(1, data, tmp_path / "a", steps=4, save_every=1)
+    for step in ("step-3", "step-4"):
+        flip_last_byte(tmp_path / "a" / step / "llm" / "model.safetensors")
+    train(1, data, tmp_path / "a", steps=4, save_every=1)
+    assert model.steps_in(str(tmp_path / "a")) == [4, 3]
+    assert model.is_finished(str(tmp_path / "a"))
 
 
 def test_a_run_goes_on_from_the_last_undamaged_checkpoint(data, tmp_path):
