@@ -567,7 +567,8 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
     kernel   "eager" (the textbook), "triton" (CUDA, or with TRITON_INTERPRET=1 a CPU, slowly) or
              "auto": triton on CUDA
     returns  loss, {"kl_teacher_student", "kl_student_teacher", "ce"}: nats per answer token
-    raises   ValueError for shapes or settings that do not fit
+    raises   ValueError for shapes or settings that do not fit; a label >= V is an IndexError of the
+             textbook on a CPU, and makes the kernel's loss NaN
     """
     n_rows = len(hs)
     if not (hs.shape == ht.shape == (n_rows, W.shape[1]) and labels.shape == (n_rows,)):
