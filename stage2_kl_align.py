@@ -286,6 +286,16 @@ def write_log(args, device, numbers):
 # tau^2: a softmax at temperature tau has gradients smaller by 1 / tau^2 (Hinton et al., arXiv
 # 1503.02531).  Early in training L_FKL fits the head of the teacher's distribution and L_RKL its
 # tail (Wu et al., arXiv 2404.02657).  L is averaged over all answer positions of the global batch.
+#
+# To compute by hand: three words, p = (1/2, 1/4, 1/4), q = (1/8, 3/8, 1/2), y is the first word.
+#     L_FKL  = 1/2 ln 4 + 1/4 ln 2/3 + 1/4 ln 1/2 = 0.4185
+#     L_RKL  = 1/8 ln 1/4 + 3/8 ln 3/2 + 1/2 ln 2 = 0.3253
+#     L_hard = ln 8                               = 2.0794
+# and what pulls each logit of the student down (gradient > 0) or up (< 0), derived further below:
+#     L_FKL   q - p                   = (-0.3750, 0.1250, 0.2500)
+#     L_RKL   q (ln q - ln p - L_RKL) = (-0.2140, 0.0300, 0.1839)
+#     L_hard  q - (1, 0, 0)           = (-0.8750, 0.3750, 0.5000)
+# The teacher's first word is lifted less by L_RKL: there each word is weighted by q, which is 1/8.
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
@@ -348,10 +358,17 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 # both to bfloat16 leaves noise that stays when the student gets better; D shrinks with it, and
 # hs == ht gives exactly 0.
 #
-# Memory traffic.  A chunk of n rows in bfloat16: the product (5) writes T and D, 4 n V bytes; visit
-# 1 of the kernel reads both (4), visit 2 reads both and writes G over D (6), the product (11) reads
-# G (2).  Together 16 n V bytes, 10 of them the kernel's.  align_rows, one operation at a time and
-# mostly in float32, moves 404 n V bytes: 140 forward, 140 again for the checkpoint, 124 backward.
+# Memory traffic.  One slab of memory serves every chunk of n rows:
+#                      product (5)          kernel                product (11)
+#     rows 0 .. n-1    T   (n, V)           T                     -
+#     rows n .. 2n-1   D   (n, V)           G, written over D     dL/dhs = G W
+# In bfloat16 (5) writes both, 4 n V bytes; visit 1 of the kernel reads both (4), visit 2 reads both
+# and writes G (6), (11) reads G (2).  Together 16 n V bytes, 10 of them the kernel's.  align_rows,
+# one operation at a time and mostly in float32, moves 404 n V bytes (a test counts them):
+#     140 forward     2 products 4, to float32 12, z_s 12, / tau 16, 3 log_softmax 24, 2 exp 16,
+#                     2 differences 24, 2 products with p and q 24, 2 sums 8
+#     140             all of it again in the backward pass, which is what the checkpoint costs
+#     124 backward    2 log_softmax 24, 3 sums of gradients 36, 4 products 36, a sign 8, rest 20
 # What remains is arithmetic: three products of 2 N H V operations.  So: the products to cuBLAS, all
 # that stands between them into ONE kernel, and no third visit.  Not flash style, which never stores
 # logits: it has to make them twice, 10 N H V operations instead of 6.
@@ -360,10 +377,15 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 #     t = T / tau      e = D / tau      s = t + e
 #     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)         (6)
 #     delta = e - dL = ln q - ln p                                                           (7)
-# (6) never subtracts two rounded log-sum-exps.  To both KLs 0 = sum (q - p) is added or taken from
-# them: then every term is >= 0, and none cancels another.
+# (6) never subtracts two rounded log-sum-exps.  By (7) the KLs are sum -p delta and sum q delta.
+# Since p and q both sum to 1, 0 = sum (q - p) may be added to the one and taken from the other:
 #     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                       (8)
-# By s_j, L_FKL has the gradient q_j - p_j, and L_RKL has q_j (delta_j - L_RKL):
+# Now every term is >= 0 (it is p or q times x - 1 - ln x), and none cancels another.
+# By one logit of the student, d q_k / d s_j = q_k ([k = j] - q_j).  L_FKL contains ln q only:
+#     d L_FKL / d s_j = -sum p_k ([k = j] - q_j) = q_j - p_j
+#     d L_RKL / d s_j = sum (d q_k / d s_j) (delta_k + 1)
+#                     = q_j (delta_j + 1) - q_j sum q_k (delta_k + 1) = q_j (delta_j - L_RKL)
+# Both together, with their weights, and the hard loss:
 #     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))    gradient of the KLs by s  (9)
 #     G = g / tau + (1 - lam) (softmax(z_s) - onehot(y))               gradient by z_s      (10)
 #     dL/dhs = G W                                                                          (11)
@@ -372,10 +394,16 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 # B and both Z can be summed in one visit with a running maximum: when a larger one comes, what was
 # summed so far is multiplied by exp(old - new).
 #
-# When not to use it: teacher and student have different W (then there is no D); W learns; or N x V
-# logits fit into a cache anyway.
+# When not to use it: teacher and student have different W (then there is no D); W learns; logits
+# are standardized, whose gradient needs more sums; or N x V logits fit into a cache anyway.
+#
+# How fast it can be.  4,096 rows of V 151,936 need, by count, on an H200: 1.45 ms for the kernel's
+# bytes (at 4.3 TB/s), and 1.0 ms for its instructions (132 x 128 lanes at 1.98 GHz), 55 an element
+# in both visits, 70 with a tau (tests/compile_kernel.py counts them in the machine code).  With 83,
+# before columns came 8 by 8 and exp2 for exp, the instructions would have taken longer.
 
-KERNEL_ROWS = 2048  # of a chunk: T and D of V 151,936 in bfloat16 are 1.2 GB
+NUM_WARPS = 8  # 256 threads a row: 8 columns each, a turn
+KERNEL_ROWS = 2048  # of a chunk: T and D of V 151,936 in bfloat16 are 1.2 GB, all together 1.4
 
 
 def align_row_kernel(
@@ -385,7 +413,9 @@ def align_row_kernel(
     out_ptr,  # (n, 3) float32, out: L_FKL, L_RKL, L_hard of the row
     stride,  # elements from one row of T or D to the next
     inv_tau,  # 1 / tau
-    w_fkl, w_rkl, w_hard,  # weights of the three in the gradient, see FusedKLAlign
+    w_fkl,  # weight of L_FKL in the gradient: lam tau^2 alpha / n_total
+    w_rkl,  # of L_RKL: lam tau^2 (1 - alpha) / n_total
+    w_hard,  # of L_hard: (1 - lam) / n_total
     V: tl.constexpr,
     BLOCK: tl.constexpr,  # columns a turn
     HAS_TAU: tl.constexpr,  # tau is not 1: then softmax(z_s) of the hard loss is not q
@@ -395,8 +425,11 @@ def align_row_kernel(
     row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride goes beyond 2^31
     T_ptr += row * stride
     D_ptr += row * stride
-    cols = tl.arange(0, BLOCK)
-    minus_inf = -float("inf")
+    # (BLOCK / 8, 8): thread i holds columns 8i .. 8i+7, which it loads at once, 16 bytes, and whose
+    # maximum or sum, along dimension 1, needs no other thread.
+    cols = 8 * tl.arange(0, BLOCK // 8)[:, None] + tl.arange(0, 8)[None, :]
+    lowest = -1e30  # stands where there is no column; not -inf, since -inf - -inf is no number
+    LOG2E = 1.4426950408889634  # exp(x) = 2^(x log2 e): the hardware has 2^x, tl.exp is longer
 
     # The label's logit, now: visit 2 writes over it.
     label = tl.load(label_ptr + row)
@@ -405,85 +438,103 @@ def align_row_kernel(
     z_label = tl.load(T_ptr + label, is_word, 0.0).to(tl.float32)
     z_label += tl.load(D_ptr + label, is_word, 0.0).to(tl.float32)
 
-    # Visit 1: maxima, and sums relative to them.  The sums are partial ones, one a lane, until the
-    # end of the visit.
-    max_t = minus_inf
-    max_s = minus_inf
-    max_z = minus_inf
-    Z_t = tl.zeros([BLOCK], tl.float32)  # of exp(t - max_t)
-    Z_s = tl.zeros([BLOCK], tl.float32)  # of exp(s - max_s)
-    Z_z = tl.zeros([BLOCK], tl.float32)  # of exp(z_s - max_z): the hard loss knows no temperature
-    B = tl.zeros([BLOCK], tl.float32)  # of exp(s - max_s) e, for (12)
+    # Visit 1: each thread's maxima, and its sums relative to them.
+    none = tl.zeros([BLOCK // 8], tl.float32)
+    max_t = none + lowest
+    max_s = none + lowest
+    max_z = none + lowest
+    Z_t = none  # of exp(t - max_t)
+    Z_s = none  # of exp(s - max_s)
+    Z_z = none  # of exp(z_s - max_z): the hard loss knows no temperature
+    B = none  # of exp(s - max_s) e, for (12)
     for start in range(0, V, BLOCK):
         inside = start + cols < V
-        T = tl.load(T_ptr + start + cols, inside, 0.0).to(tl.float32)
+        T = tl.load(T_ptr + start + cols, inside, lowest).to(tl.float32)
         D = tl.load(D_ptr + start + cols, inside, 0.0).to(tl.float32)
-        t = tl.where(inside, T * inv_tau, minus_inf)
-        e = D * inv_tau
+        t = T
+        e = D
+        if HAS_TAU:
+            t = T * inv_tau
+            e = D * inv_tau
         s = t + e
 
-        new_max = tl.maximum(max_t, tl.max(t, 0))
-        Z_t = Z_t * tl.exp(max_t - new_max) + tl.exp(t - new_max)  # exp(-inf) = 0 at the start
+        new_max = tl.maximum(max_t, tl.max(t, 1))
+        exp_t = tl.exp2((t - new_max[:, None]) * LOG2E)
+        Z_t = Z_t * tl.exp2((max_t - new_max) * LOG2E) + tl.sum(exp_t, 1)
         max_t = new_max
 
-        new_max = tl.maximum(max_s, tl.max(s, 0))
-        old_scale = tl.exp(max_s - new_max)
-        exp_s = tl.exp(s - new_max)
-        Z_s = Z_s * old_scale + exp_s
-        B = B * old_scale + exp_s * e
+        new_max = tl.maximum(max_s, tl.max(s, 1))
+        old_scale = tl.exp2((max_s - new_max) * LOG2E)
+        exp_s = tl.exp2((s - new_max[:, None]) * LOG2E)
+        Z_s = Z_s * old_scale + tl.sum(exp_s, 1)
+        B = B * old_scale + tl.sum(exp_s * e, 1)
         max_s = new_max
 
         if HAS_TAU:
-            z = tl.where(inside, T + D, minus_inf)
-            new_max = tl.maximum(max_z, tl.max(z, 0))
-            Z_z = Z_z * tl.exp(max_z - new_max) + tl.exp(z - new_max)
+            z = T + D
+            new_max = tl.maximum(max_z, tl.max(z, 1))
+            exp_z = tl.exp2((z - new_max[:, None]) * LOG2E)
+            Z_z = Z_z * tl.exp2((max_z - new_max) * LOG2E) + tl.sum(exp_z, 1)
             max_z = new_max
 
-    sum_t = tl.sum(Z_t, 0)
-    sum_s = tl.sum(Z_s, 0)
-    dL = (max_s - max_t) + tl.log(sum_s / sum_t)  # (6)
-    row_rkl = tl.sum(B, 0) / sum_s - dL  # (12)
-    lse_z = max_s + tl.log(sum_s)
+    # All threads together: one maximum, and every sum relative to it.
+    row_max_t = tl.max(max_t, 0)
+    row_max_s = tl.max(max_s, 0)
+    thread_scale = tl.exp2((max_s - row_max_s) * LOG2E)
+    sum_t = tl.sum(Z_t * tl.exp2((max_t - row_max_t) * LOG2E), 0)
+    sum_s = tl.sum(Z_s * thread_scale, 0)
+    dL = (row_max_s - row_max_t) + tl.log(sum_s / sum_t)  # (6)
+    row_rkl = tl.sum(B * thread_scale, 0) / sum_s - dL  # (12)
+    lse_z = row_max_s + tl.log(sum_s)
     if HAS_TAU:
-        lse_z = max_z + tl.log(tl.sum(Z_z, 0))
-    inv_sum_t = 1 / sum_t  # one division a row, not one a column
-    inv_sum_s = 1 / sum_s
+        row_max_z = tl.max(max_z, 0)
+        lse_z = row_max_z + tl.log(tl.sum(Z_z * tl.exp2((max_z - row_max_z) * LOG2E), 0))
+    log2_sum_t = tl.log2(sum_t)
+    log2_sum_s = tl.log2(sum_s)
 
     # Visit 2: every term of the sums, and G over D.
-    fkl = tl.zeros([BLOCK], tl.float32)
-    rkl = tl.zeros([BLOCK], tl.float32)
+    w_label = tl.where(has_label, w_hard, 0.0)
+    fkl = tl.zeros([BLOCK // 8, 8], tl.float32)
+    rkl = tl.zeros([BLOCK // 8, 8], tl.float32)
     for start in range(0, V, BLOCK):
         inside = start + cols < V
-        T = tl.load(T_ptr + start + cols, inside, 0.0).to(tl.float32)
+        T = tl.load(T_ptr + start + cols, inside, lowest).to(tl.float32)
         D = tl.load(D_ptr + start + cols, inside, 0.0).to(tl.float32)
-        t = tl.where(inside, T * inv_tau, minus_inf)
-        e = D * inv_tau
-        p = tl.exp(t - max_t) * inv_sum_t
-        q = tl.exp(t + e - max_s) * inv_sum_s
+        t = T
+        e = D
+        if HAS_TAU:
+            t = T * inv_tau
+            e = D * inv_tau
+        p = tl.exp2((t - row_max_t) * LOG2E - log2_sum_t)
+        q = tl.exp2((t + e - row_max_s) * LOG2E - log2_sum_s)
         delta = e - dL  # (7)
+        p_delta = p * delta
+        q_delta = q * delta
 
         # q - p = p (exp(delta) - 1), for a small delta by the series of exp: else all digits would
         # cancel.  Below 1/8 the first term left out is less than 2^-24 of the sum.
-        series = 1 / 6 + delta * (1 / 24 + delta * (1 / 120))
-        series = delta * (1 + delta * (1 / 2 + delta * series))
-        q_minus_p = tl.where(tl.abs(delta) < 0.125, p * series, q - p)
-        fkl += q_minus_p - p * delta  # (8)
-        rkl += q * delta - q_minus_p
+        series = 1 / 2 + delta * (1 / 6 + delta * (1 / 24 + delta * (1 / 120)))
+        series = p_delta + p_delta * delta * series
+        q_minus_p = tl.where(tl.abs(delta) < 0.125, series, q - p)
+        fkl += q_minus_p - p_delta  # (8)
+        rkl += q_delta - q_minus_p
 
         if TRAIN:
-            is_label = start + cols == label
-            g = w_fkl * q_minus_p + w_rkl * q * (delta - row_rkl)  # (9)
-            softmax_z = q
+            # (9) and (10), the factors of q collected; at the label's column 1 is taken from q
+            g = w_fkl * q_minus_p + w_rkl * q_delta
             if HAS_TAU:
-                softmax_z = tl.where(inside, tl.exp(T + D - lse_z), 0.0)
-            hard = softmax_z - tl.where(is_label, 1.0, 0.0)
-            G = g * inv_tau + tl.where(has_label, w_hard, 0.0) * hard  # (10)
-            tl.store(D_ptr + start + cols, G.to(D_ptr.dtype.element_ty), inside)
+                g = (g - w_rkl * row_rkl * q) * inv_tau
+                g += w_label * tl.exp2((T + D - lse_z) * LOG2E)
+            else:
+                g += (w_label - w_rkl * row_rkl) * q
+            if start <= label and label < start + BLOCK:
+                g = tl.where(start + cols == label, g - w_label, g)
+            tl.store(D_ptr + start + cols, g.to(D_ptr.dtype.element_ty), inside)
 
     row_hard = lse_z - z_label
     row_hard = tl.where(label < V, row_hard, float("nan"))  # no such word: an error must show
-    tl.store(out_ptr + 3 * row, tl.sum(fkl, 0))
-    tl.store(out_ptr + 3 * row + 1, tl.sum(rkl, 0))
+    tl.store(out_ptr + 3 * row, tl.sum(tl.sum(fkl, 1), 0))
+    tl.store(out_ptr + 3 * row + 1, tl.sum(tl.sum(rkl, 1), 0))
     tl.store(out_ptr + 3 * row + 2, tl.where(has_label, row_hard, 0.0))
 
 
@@ -492,18 +543,14 @@ def compiled_kernel():
     return triton.jit(align_row_kernel)
 
 
-def align_rows_triton(T, D, labels, tau, weights, train):
-    """The kernel over n rows. D becomes G (10) if train. -> (n, 3): L_FKL, L_RKL, L_hard"""
+def align_rows_triton(T, D, labels, out, tau, weights, train):
+    """The kernel over n rows: L_FKL, L_RKL and L_hard into out (n, 3). If train, D becomes G."""
     n, V = T.shape
-    out = torch.empty(n, 3, device=T.device)
-    block = min(2048, triton.next_power_of_2(V))  # 8 columns a thread: one load of 16 bytes
-    # maxnreg: left alone, the compiler takes 48 to 107 registers a thread and may still spill
-    # (tests/compile_kernel.py); at 80, three programs run on a multiprocessor at once
+    block = min(2048, max(8, triton.next_power_of_2(V)))  # 8 columns a thread: a load of 16 bytes
     with torch.cuda.device_of(T):  # Triton launches on the current device; T may be on another
         compiled_kernel()[(n,)](
             T, D, labels, out, T.stride(0), 1 / tau, *weights, V=V, BLOCK=block, HAS_TAU=tau != 1,
-            TRAIN=train, num_warps=8, maxnreg=80 if tau == 1 else 96)
-    return out
+            TRAIN=train, num_warps=NUM_WARPS)
 
 
 def product(G, W):
@@ -525,24 +572,31 @@ class FusedKLAlign(torch.autograd.Function):
         kl_weight = lam * tau ** 2 / n_total
         hard_weight = (1 - lam) / n_total
         weights = (kl_weight * alpha, kl_weight * (1 - alpha), hard_weight)
-        n = min(KERNEL_ROWS, len(hs))
-        slab = torch.empty(2 * n, len(W), dtype=W.dtype, device=hs.device)  # one for all chunks
-        sums = torch.zeros(3, dtype=torch.float64, device=hs.device)  # a million terms of 1e-7
-        dhs = torch.zeros(hs.shape, device=hs.device)  # (N, H) float32
 
-        for start in range(0, len(hs), KERNEL_ROWS):
+        # Memory for one chunk, used by all, and for the results.
+        N, H = hs.shape
+        n = min(KERNEL_ROWS, N)
+        rows_of_both = torch.empty(2 * n, H, dtype=W.dtype, device=hs.device)
+        slab = torch.empty(2 * n, len(W), dtype=W.dtype, device=hs.device)
+        losses = torch.empty(N, 3, device=hs.device)  # of each row
+        dhs = torch.empty(N, H, dtype=W.dtype, device=hs.device)
+
+        for start in range(0, N, KERNEL_ROWS):
             rows = slice(start, start + KERNEL_ROWS)
             h_t = ht[rows].float()
-            h_d = hs[rows].float() - h_t  # subtract first, round to W's dtype after
-            both = torch.cat([h_t, h_d]).to(W.dtype)  # (2n, H): W is read once for both
-            torch.mm(both, W.T, out=slab[:len(both)])  # (2n, V)  (5)
-            T, D = slab[:len(both)].chunk(2)
-            losses = align_rows_triton(T, D, labels[rows], tau, weights, train)  # (n, 3)
-            sums += losses.sum(0, dtype=torch.float64)
+            n = len(h_t)  # the last chunk may have fewer
+            both = rows_of_both[:2 * n]
+            both[:n] = h_t
+            torch.sub(hs[rows].float(), h_t, out=both[n:])  # rounded to W's dtype AFTER the minus
+            torch.mm(both, W.T, out=slab[:2 * n])  # (2n, V); W is read once for both  (5)
+            T = slab[:n]
+            D = slab[n:2 * n]
+            align_rows_triton(T, D, labels[rows], losses[rows], tau, weights, train)
             if train:
                 dhs[rows] = product(D, W)  # (11): D is G now
 
         ctx.save_for_backward(dhs)  # no logits: they are not needed any more
+        sums = losses.sum(0, dtype=torch.float64)  # float64: a million terms of 1e-7
         fkl, rkl, hard = sums / n_total
         ctx.mark_non_differentiable(fkl, rkl, hard)
         loss = lam * tau ** 2 * (alpha * fkl + (1 - alpha) * rkl) + (1 - lam) * hard  # (4)
@@ -552,7 +606,7 @@ class FusedKLAlign(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently 0
     def backward(ctx, grad_loss, *_):
         [dhs] = ctx.saved_tensors
-        return grad_loss * dhs, None, None, None, None, None, None, None
+        return grad_loss * dhs.float(), None, None, None, None, None, None, None
 
 
 @torch.compiler.disable  # a loop over chunks that makes its own gradient: nothing to trace

@@ -9,6 +9,7 @@ first call are not counted.  Peers that are not installed are named and left out
 tests/results/bench_kl_<device>.json.
 """
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -189,11 +190,8 @@ def floors(hs, ht, W):
     return found
 
 
-def time_shape(N, H, V, rounds):
-    """-> table, missing peers, ms of the floor
-
-    table: {name: {"ms": median, "spread": highest / lowest, "gb": highest memory}}
-    """
+def random_rows(N, H, V):
+    """-> hs, ht (N, H) float32, W (V, H) in the type of the device, labels (N,)"""
     device = "cuda" if CUDA else "cpu"
     dtype = torch.bfloat16 if CUDA else torch.float32
     torch.manual_seed(0)
@@ -201,6 +199,15 @@ def time_shape(N, H, V, rounds):
     hs = (ht + 0.3 * torch.randn_like(ht)).requires_grad_()
     W = (torch.randn(V, H, device=device) * 3 / H ** 0.5).to(dtype)
     labels = torch.randint(0, V, (N,), device=device)
+    return hs, ht, W, labels
+
+
+def time_shape(N, H, V, rounds):
+    """-> table, missing peers, ms of the floor
+
+    table: {name: {"ms": median, "spread": highest / lowest, "gb": highest memory}}
+    """
+    hs, ht, W, labels = random_rows(N, H, V)
     functions, missing = competitors()
     calls = {}
     for name, function in functions.items():
@@ -241,10 +248,11 @@ def row_kernel(N, V, rounds):
     other = torch.empty_like(slab)
     T, D = slab.chunk(2)
     labels = torch.zeros(n, dtype=torch.int64, device="cuda")
+    out = torch.empty(n, 3, device="cuda")
     weights = (0.1, 0.1, 0.1)
     calls = {
         "kernel": functools.partial(
-            stage2.align_rows_triton, T, D, labels, 1.0, weights, True),
+            stage2.align_rows_triton, T, D, labels, out, 1.0, weights, True),
         "copy": functools.partial(other.copy_, slab),
     }
     for call in calls.values():
@@ -271,17 +279,49 @@ def product_of_slices(G, W, n_slices):
 
 
 def dx_product(N, H, V, rounds):
-    """ms of (11) for a chunk, plain and by slices of V: which of them should product() be?"""
-    n = min(N, stage2.KERNEL_ROWS)
-    G = torch.randn(n, V, device="cuda").bfloat16()
+    """ms for all N rows of (11), in chunks of some size, plain and by slices of V.
+
+    A chunk of few rows has fewer tiles than the GPU has multiprocessors: which should product() be?
+    """
     W = torch.randn(V, H, device="cuda").bfloat16()
-    calls = {"mm": functools.partial(stage2.product, G, W)}
-    for n_slices in (4, 8):
-        calls[f"bmm of {n_slices} slices"] = functools.partial(product_of_slices, G, W, n_slices)
-    for call in calls.values():
-        call()
-    times = time_in_turn(calls, rounds)
-    return {name: 1e3 * statistics.median(times[name]) for name in times}
+    results = {}
+    for n in (512, 1536, 2048):
+        if n > N:
+            continue
+        G = torch.randn(n, V, device="cuda").bfloat16()
+        calls = {"mm": functools.partial(stage2.product, G, W)}
+        for n_slices in (4, 8):
+            calls[f"bmm of {n_slices} slices"] = functools.partial(
+                product_of_slices, G, W, n_slices)
+        for call in calls.values():
+            call()
+        for name, times in time_in_turn(calls, rounds).items():
+            results[f"{name}, {n} rows"] = 1e3 * statistics.median(times) * N / n
+    return results
+
+
+@contextlib.contextmanager
+def launched_with(warps, rows):
+    """The loss with other settings of its kernel."""
+    before = stage2.NUM_WARPS, stage2.KERNEL_ROWS
+    stage2.NUM_WARPS = warps
+    stage2.KERNEL_ROWS = rows
+    yield
+    stage2.NUM_WARPS, stage2.KERNEL_ROWS = before
+
+
+def sweep(N, H, V, rounds):
+    """ms of the whole loss, forward and backward, for warps a row x rows a chunk."""
+    hs, ht, W, labels = random_rows(N, H, V)
+    results = {}
+    for warps in (4, 8, 16):
+        for rows in (1024, 1536, 2048):
+            with launched_with(warps, rows):
+                call = functools.partial(forward_and_backward, ours, hs, ht, W, labels)
+                call()
+                times = [seconds(call) for _ in range(rounds)]
+            results[f"{warps} warps, {rows} rows"] = 1e3 * statistics.median(times)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,7 +433,9 @@ def measure_shape(N, H, V, rounds):
     if CUDA:
         entry["row_kernel"] = row_kernel(N, V, rounds)
         entry["dx_product_ms"] = dx_product(N, H, V, rounds)
+        entry["sweep_ms"] = sweep(N, H, V, min(rounds, LONG_ROUNDS))
         print("  row kernel", entry["row_kernel"])
+        print("  warps x rows of a chunk, ms", entry["sweep_ms"])
         print("  dX product, ms", entry["dx_product_ms"])
     return entry
 

@@ -48,7 +48,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-COMPILE_TEST = "test_the_kernel_compiles_without_spills"
+COMPILE_TEST = "test_the_kernel_compiles_to_few_instructions_without_spills"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,6 +212,14 @@ def test_three_words_by_hand(kernel):
     by_hard = torch.tensor([-7 / 8, 3 / 8, 1 / 2])
     wanted = 1 / 2 * (1 / 4 * by_fkl + 3 / 4 * by_rkl) + 1 / 2 * by_hard
     assert gradient[0].tolist() == pytest.approx(wanted.tolist(), abs=1e-6)
+
+    # The same example stands in the script, with these numbers.
+    with open(stage2_kl_align.__file__, encoding="utf-8") as f:
+        lesson = f.read()
+    for value in (fkl, rkl, 3 * ln2):
+        assert f"= {value:.4f}\n" in lesson
+    for by in (by_fkl, by_rkl, by_hard):
+        assert "= ({:.4f}, {:.4f}, {:.4f})\n".format(*by.tolist()) in lesson
 
 
 def test_directions_and_alpha_are_not_swapped(kernel):
@@ -543,9 +551,9 @@ class Watch(TorchDispatchMode):
         return max(alive)
 
 
-def no_kernel(T, D, labels, tau, weights, train):
+def no_kernel(T, D, labels, out, tau, weights, train):
     """Stands in for align_rows_triton: the interpreter itself looks at every value."""
-    return torch.zeros(len(T), 3)
+    out.zero_()
 
 
 def check_memory(kernel, standardize=False):
@@ -573,6 +581,87 @@ def test_logits_of_one_chunk_only_and_no_waiting_for_the_device(kernel):
 @only_eager
 def test_standardized_logits_of_one_chunk_only(kernel):
     check_memory(kernel, standardize=True)
+
+
+class Peak(TorchDispatchMode):
+    """Follows how many bytes of new tensors are alive at once; here they need no real memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes_of = {}  # {weak reference to a storage: its size}
+        self.highest = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        given = {StorageWeakRef(leaf.untyped_storage()).cdata
+                 for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if StorageWeakRef(storage).cdata not in given:  # no view, not written in place
+                    self.bytes_of[StorageWeakRef(storage)] = storage.nbytes()
+        alive = [size for storage, size in self.bytes_of.items() if not storage.expired()]
+        self.highest = max(self.highest, sum(alive))
+        return result
+
+
+def product_on_a_gpu(G, W):
+    """What product() makes there: float32 from bfloat16, without copies of G and W."""
+    return torch.empty(len(G), W.shape[1], device=G.device)
+
+
+def peak_bytes(N, H, V, dtype):
+    """Beyond the inputs, forward and backward, hidden rows of this type, W in bfloat16."""
+    hs = torch.empty(N, H, dtype=dtype, device="meta", requires_grad=True)
+    ht = torch.empty(N, H, dtype=dtype, device="meta")
+    W = torch.empty(V, H, dtype=torch.bfloat16, device="meta")
+    labels = torch.zeros(N, dtype=torch.int64, device="meta")
+    with pytest.MonkeyPatch.context() as patch, Peak() as peak:
+        patch.setattr(stage2_kl_align, "align_rows_triton", no_kernel)
+        patch.setattr(stage2_kl_align, "product", product_on_a_gpu)
+        loss, _ = stage2_kl_align.kl_align_loss(
+            hs, ht, W, labels, alpha=0.5, lam=0.5, kernel="triton")
+        loss.backward()
+    return peak.highest
+
+
+@only_triton
+def test_memory_at_real_shapes(kernel):
+    """At most 1.5 GB beside the inputs; the slab is 1.24 GB of it."""
+    for N, H, V in bench_kl.SHAPES_CUDA:
+        for dtype in (torch.float32, torch.bfloat16):
+            slab = 2 * min(N, stage2_kl_align.KERNEL_ROWS) * V * 2
+            assert slab < peak_bytes(N, H, V, dtype) <= 1.5e9, (N, H, V, dtype)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that do something on a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = str(operation)
+        if not (operation.is_view or "detach" in name or "empty" in name):
+            self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def launches(N):
+    """Of a forward pass over N rows in chunks of 8."""
+    with pytest.MonkeyPatch.context() as patch, Launches() as seen:
+        set_chunk_rows(patch, 8)
+        patch.setattr(stage2_kl_align, "align_rows_triton", no_kernel)
+        stage2_kl_align.kl_align_loss(*example(N=N), alpha=0.5, lam=0.5, kernel="triton")
+    return seen.count
+
+
+@only_triton
+def test_launches_of_a_chunk(kernel):
+    """Two copies of rows, product (5), kernel, product (11), one copy of its result."""
+    assert launches(16) - launches(8) == 6
+    assert launches(24) - launches(16) == 6
 
 
 class Traffic(TorchDispatchMode):
@@ -795,7 +884,7 @@ def test_rows_beyond_2_to_the_31(kernel):
     Memory that nobody touches costs nothing.
     """
     n = 3
-    V = 50
+    V = 64
     stride = 2 ** 31 - 64
     memory = torch.empty(256 + 2 * stride + 2 * V, dtype=torch.int8)
     far_T = memory.as_strided((n, V), (stride, 1), storage_offset=256)
@@ -807,8 +896,10 @@ def test_rows_beyond_2_to_the_31(kernel):
     far_D.copy_(near_D)
     labels = torch.tensor([3, 4, 5])
     weights = (99.0, 99.0, 99.0)  # large: G is rounded to whole numbers here
-    far = stage2_kl_align.align_rows_triton(far_T, far_D, labels, 1.0, weights, True)
-    near = stage2_kl_align.align_rows_triton(near_T, near_D, labels, 1.0, weights, True)
+    far = torch.zeros(n, 3)
+    near = torch.zeros(n, 3)
+    stage2_kl_align.align_rows_triton(far_T, far_D, labels, far, 1.0, weights, True)
+    stage2_kl_align.align_rows_triton(near_T, near_D, labels, near, 1.0, weights, True)
     assert torch.equal(far, near)
     assert torch.equal(far_D, near_D)
 
@@ -992,28 +1083,28 @@ TEXTBOOK_SLIPS = [
 
 KERNEL_SLIPS = [
     Slip("the KLs change places",
-         "tl.store(out_ptr + 3 * row, tl.sum(fkl, 0))",
-         "tl.store(out_ptr + 3 * row, tl.sum(rkl, 0))",
+         "tl.store(out_ptr + 3 * row, tl.sum(tl.sum(fkl, 1), 0))",
+         "tl.store(out_ptr + 3 * row, tl.sum(tl.sum(rkl, 1), 0))",
          test_three_words_by_hand),
     Slip("alpha at the wrong gradient",
-         "w_fkl * q_minus_p + w_rkl * q * (delta",
-         "w_rkl * q_minus_p + w_fkl * q * (delta",
+         "g = w_fkl * q_minus_p + w_rkl * q_delta",
+         "g = w_rkl * q_minus_p + w_fkl * q_delta",
          NUMBERS),
     Slip("alpha at the wrong KL",
          "(alpha * fkl + (1 - alpha) * rkl)",
          "(alpha * rkl + (1 - alpha) * fkl)",
          test_directions_and_alpha_are_not_swapped),
     Slip("sign of D",
-         "tl.exp(t + e - max_s)",
-         "tl.exp(t - e - max_s)",
+         "q = tl.exp2((t + e - row_max_s)",
+         "q = tl.exp2((t - e - row_max_s)",
          NUMBERS),
     Slip("sign of delta",
          "delta = e - dL",
          "delta = dL - e",
          NUMBERS),
     Slip("D between the student and itself",
-         "hs[rows].float() - h_t",
-         "h_t - h_t",
+         "torch.sub(hs[rows].float(), h_t,",
+         "torch.sub(h_t, h_t,",
          NUMBERS),
     Slip("no tau^2 in the gradient",
          "kl_weight = lam * tau ** 2 / n_total",
@@ -1028,48 +1119,84 @@ KERNEL_SLIPS = [
          "e = D",
          NUMBERS_WITH_TAU),
     Slip("chain rule of s = z_s / tau",
-         "G = g * inv_tau +",
-         "G = g +",
+         "g = (g - w_rkl * row_rkl * q) * inv_tau",
+         "g = (g - w_rkl * row_rkl * q)",
          NUMBERS_WITH_TAU),
     Slip("hard loss of q",
-         "lse_z = max_z + tl.log(tl.sum(Z_z, 0))",
-         "lse_z = max_s + tl.log(sum_s)",
+         "lse_z = row_max_z + tl.log(",
+         "lse_z = lse_z + 0 * tl.log(",
          NUMBERS_WITH_TAU),
     Slip("gradient of the hard loss of q",
-         "softmax_z = tl.where(inside, tl.exp(T + D - lse_z), 0.0)",
-         "softmax_z = q",
+         "w_label * tl.exp2((T + D - lse_z) * LOG2E)",
+         "w_label * q",
          NUMBERS_WITH_TAU),
     Slip("no centre in the gradient",
-         "q * (delta - row_rkl)",
-         "q * delta",
+         "g += (w_label - w_rkl * row_rkl) * q",
+         "g += w_label * q",
          NUMBERS),
+    Slip("no centre in the gradient, with tau",
+         "g = (g - w_rkl * row_rkl * q) * inv_tau",
+         "g = g * inv_tau",
+         NUMBERS_WITH_TAU),
     Slip("B at the old maximum",
-         "B = B * old_scale + exp_s * e",
-         "B = B + exp_s * e",
+         "B = B * old_scale + tl.sum(",
+         "B = B + tl.sum(",
+         LOUD_AT_THE_END),
+    Slip("B of each thread at its own maximum",
+         "tl.sum(B * thread_scale, 0)",
+         "tl.sum(B, 0)",
+         NUMBERS),
+    Slip("Z_s of each thread at its own maximum",
+         "sum_s = tl.sum(Z_s * thread_scale, 0)",
+         "sum_s = tl.sum(Z_s, 0)",
+         NUMBERS),
+    Slip("Z_t of each thread at its own maximum",
+         "tl.sum(Z_t * tl.exp2((max_t - row_max_t) * LOG2E), 0)",
+         "tl.sum(Z_t, 0)",
+         NUMBERS),
+    Slip("Z_z of each thread at its own maximum",
+         "tl.sum(Z_z * tl.exp2((max_z - row_max_z) * LOG2E), 0)",
+         "tl.sum(Z_z, 0)",
+         NUMBERS_WITH_TAU),
+    Slip("the maximum of the first thread",
+         "row_max_t = tl.max(max_t, 0)",
+         "row_max_t = tl.sum(tl.where(tl.arange(0, BLOCK // 8) == 0, max_t, 0.0), 0)",
          LOUD_AT_THE_END),
     Slip("no maximum",
-         "exp_s = tl.exp(s - new_max)",
-         "exp_s = tl.exp(s)",
+         "exp_s = tl.exp2((s - new_max[:, None]) * LOG2E)",
+         "exp_s = tl.exp2(s * LOG2E)",
          test_huge_logits_stay_finite),
     Slip("Z at the old maximum",
-         "Z_t = Z_t * tl.exp(max_t - new_max) + ",
+         "Z_t = Z_t * tl.exp2((max_t - new_max) * LOG2E) + ",
          "Z_t = Z_t + ",
          LOUD_AT_THE_END),
+    Slip("Z_z at the old maximum",
+         "Z_z = Z_z * tl.exp2((max_z - new_max) * LOG2E) + ",
+         "Z_z = Z_z + ",
+         LOUD_AT_THE_END),
+    Slip("exponents that a common shift changes",
+         "p = tl.exp2((t - row_max_t) * LOG2E - log2_sum_t)",
+         "p = tl.exp2(t * LOG2E - (row_max_t * LOG2E + log2_sum_t))",
+         test_logits_around_3000_leave_the_gradient_its_digits),
     Slip("no mask in the last block",
-         "t = tl.where(inside, T * inv_tau, minus_inf)",
-         "t = T * inv_tau",
+         "tl.load(T_ptr + start + cols, inside, lowest)",
+         "tl.load(T_ptr + start + cols, inside, 0.0)",
          THREE_BLOCKS),
     Slip("the label one word further",
          "start + cols == label",
          "start + cols == label + 1",
          NUMBERS),
+    Slip("labels of the first block only",
+         "if start <= label and label < start + BLOCK:",
+         "if start == 0:",
+         fixed(test_odd_shapes, N=3, V=4097)),
     Slip("the label of the first row",
          "tl.load(label_ptr + row)",
          "tl.load(label_ptr)",
          NUMBERS),
     Slip("hard gradient without a label",
-         "tl.where(has_label, w_hard, 0.0) * hard",
-         "w_hard * hard",
+         "w_label = tl.where(has_label, w_hard, 0.0)",
+         "w_label = w_hard",
          NUMBERS),
     Slip("a label beyond the vocabulary counts",
          "tl.where(label < V, row_hard, float(\"nan\"))",
@@ -1084,32 +1211,32 @@ KERNEL_SLIPS = [
          "tl.program_id(0)",
          test_rows_beyond_2_to_the_31),
     Slip("two rounded log-sum-exps",
-         "dL = (max_s - max_t) + tl.log(sum_s / sum_t)",
-         "dL = (max_s + tl.log(sum_s)) - (max_t + tl.log(sum_t))",
+         "dL = (row_max_s - row_max_t) + tl.log(sum_s / sum_t)",
+         "dL = (row_max_s + tl.log(sum_s)) - (row_max_t + tl.log(sum_t))",
          test_logits_around_3000_leave_the_gradient_its_digits),
     Slip("two rounded logit matrices",
-         "h_d = hs[rows].float() - h_t",
-         "h_d = hs[rows].to(W.dtype).float() - h_t",
+         "torch.sub(hs[rows].float(), h_t,",
+         "torch.sub(hs[rows].to(W.dtype), both[:n],",
          BFLOAT16),
     Slip("no series for a small delta",
-         "tl.where(tl.abs(delta) < 0.125, p * series, q - p)",
+         "tl.where(tl.abs(delta) < 0.125, series, q - p)",
          "q - p",
          FLOAT32_NEAR),
     Slip("the series too short",
-         "series = 1 / 6 + delta * (1 / 24 + delta * (1 / 120))",
-         "series = 1 / 6",
+         "series = 1 / 2 + delta * (1 / 6 + delta * (1 / 24 + delta * (1 / 120)))",
+         "series = 1 / 2 + delta / 6",
          FLOAT32_FAR),
     Slip("the series for a large delta",
-         "tl.where(tl.abs(delta) < 0.125, p * series, q - p)",
-         "p * series",
+         "tl.where(tl.abs(delta) < 0.125, series, q - p)",
+         "series",
          NUMBERS),
-    Slip("only the last chunk counts",
-         "sums += losses",
-         "sums = losses",
+    Slip("results of the first chunk",
+         "labels[rows], losses[rows], tau",
+         "labels[rows], losses[:n], tau",
          CHUNKS),
     Slip("labels of the first chunk",
-         "(T, D, labels[rows], tau",
-         "(T, D, labels[:len(T)], tau",
+         "(T, D, labels[rows], losses",
+         "(T, D, labels[:n], losses",
          CHUNKS),
     Slip("teacher's logits in the place of G",
          "product(D, W)",
@@ -1129,7 +1256,7 @@ KERNEL_SLIPS = [
          test_the_gradient_scales_with_what_comes_from_above),
     Slip("a slab for all rows",
          "slab = torch.empty(2 * n, len(W)",
-         "slab = torch.empty(2 * len(hs), len(W)",
+         "slab = torch.empty(2 * N, len(W)",
          test_logits_of_one_chunk_only_and_no_waiting_for_the_device),
     Slip("the slab is kept",
          "ctx.save_for_backward(dhs)",
@@ -1139,13 +1266,21 @@ KERNEL_SLIPS = [
          "return loss, fkl, rkl, hard",
          "loss.item(); return loss, fkl, rkl, hard",
          test_logits_of_one_chunk_only_and_no_waiting_for_the_device),
+    Slip("a gradient in float32 on top of the slab",
+         "dhs = torch.empty(N, H, dtype=W.dtype,",
+         "dhs = torch.empty(N, H,",
+         test_memory_at_real_shapes),
+    Slip("one more launch a chunk",
+         "            T = slab[:n]\n",
+         "            T = slab[:n].contiguous() + 0\n",
+         test_launches_of_a_chunk),
     Slip("a second derivative of 0",
          "    @torch.autograd.function.once_differentiable",
          "    # ",
          test_a_second_derivative_is_an_error),
     Slip("equal forms are not equal",
-         "e = D * inv_tau\n        p = ",
-         "e = D * inv_tau + 1e-9\n        p = ",
+         "        delta = e - dL",
+         "        delta = e + 1e-9 - dL",
          EQUAL),
 ]
 
@@ -1188,15 +1323,22 @@ def test_a_slip_in_the_kernel_is_found(kernel, slip, tmp_path, monkeypatch):
 
 
 @only_triton
-def test_the_kernel_compiles_without_spills(kernel, compiling):
-    """Too few registers mean swapping to memory, and to save memory traffic is all its point."""
+def test_the_kernel_compiles_to_few_instructions_without_spills(kernel, compiling):
+    """It is bound by instructions, 56 an element at tau 1 and 72 with tau at most, on each GPU."""
     if compiling is None:
         pytest.skip("this build of Triton has no NVIDIA compiler")
     printed, _ = compiling.communicate()
     assert compiling.returncode == 0
     cases = [json.loads(line) for line in printed.splitlines()]
+    training = [case for case in cases if case["train"] and case["slab"] == "bf16"]
     assert len(cases) == 16
-    assert {case["arch"] for case in cases} == {"sm_80", "sm_90"}
+    assert len(training) == 10
     for case in cases:
+        assert case["loops"] == 2, case  # both visits were found
         assert case["spilled"] == 0, case
-        assert case["registers"] <= 128, case
+        assert case["registers"] <= 128, case  # two programs at once on a multiprocessor
+        assert case["barriers"] == 0, case
+        assert case["of 128 bits"] == case["loads and stores"] >= 4, case
+    for case in training:
+        assert case["instructions"] <= (72 if case["has_tau"] else 56), case
+        assert case["shuffles"] == 0, case
