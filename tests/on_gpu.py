@@ -17,21 +17,25 @@ import transformers
 import triton
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COMMANDS = [  # (seconds at most, arguments of python)
-    (120, ["-m", "pytest", "-q", "tests/test_loss.py", "-k", "triton and not slip"]),
-    (210, ["tests/bench_kl.py", "--rounds", "20"]),
-    (120, ["tests/bench_train.py", "--system", "1.5b", "--rounds", "5"]),
-    (120, ["tests/bench_train.py", "--system", "7b", "--rounds", "3"]),
-]
+COMMANDS = {  # arguments of python: seconds at most
+    "-m pytest -q tests/test_loss.py -k triton": 120,
+    "tests/bench_kl.py --rounds 20": 210,
+    "tests/bench_train.py --system 1.5b --rounds 5": 120,
+    "tests/bench_train.py --system 7b --rounds 3": 120,
+}
 
 
-def run(limit, arguments):
-    """-> {"command", "seconds", "returncode": None if it ran past the limit, "end" of its output}"""
-    print("+ python", *arguments, flush=True)
+def run(arguments, limit):
+    """-> {"command", "seconds", "returncode": None: it ran past the limit, "end" of its output}"""
+    print("+ python", arguments, flush=True)
     began = time.time()
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT)
+        [sys.executable, *arguments.split()],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     returncode = None
     try:
         printed, _ = process.communicate(timeout=limit)
@@ -41,7 +45,7 @@ def run(limit, arguments):
         printed, _ = process.communicate()
     print(printed, flush=True)
     return {
-        "command": " ".join(["python", *arguments]),
+        "command": f"python {arguments}",
         "seconds": round(time.time() - began),
         "returncode": returncode,
         "end": printed.splitlines()[-5:],
@@ -59,8 +63,8 @@ def main():
         "transformers": transformers.__version__,
         "runs": [],
     }
-    for limit, arguments in COMMANDS:
-        result["runs"].append(run(limit, arguments))
+    for arguments, limit in COMMANDS.items():
+        result["runs"].append(run(arguments, limit))
         with open(os.path.join(ROOT, "tests", "results", "on_gpu.json"), "w") as f:
             json.dump(result, f, indent=1)
 
