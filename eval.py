@@ -6,15 +6,13 @@
     python eval.py --benchmark wemath --data testmini.json --replies replies.jsonl   # marks only, no model
 
 Replies are decoded greedily and marked by `score_answer`: fixed rules, no judge, the same mark every time.
-In this order: the scorer, the problems, the replies, the reports.
+In this order: the problems, the replies, the reports, the scorer.
 """
 import argparse
-import ast
 import functools
 import hashlib
 import json
 import math
-import operator
 import os
 import re
 import sys
@@ -56,683 +54,7 @@ def parse_args(argv=None):
     if bool(args.models) == bool(args.replies):
         parser.error("name model folders (before the flags) or --replies FILE")
     return args
-
-# ------------------------------------------------------------------------------------------------------------
-# The scorer.  A reply is text that is searched and compared, never run.  In the order of the code: one
-# spelling for one thing (normalise); the final answer, by the first rule that finds one (extract); its value
-# (number); equal as values, lists, relations, equations or text (same); the verdict (score_answer).  In doubt
-# it is wrong: no nearest option, no last number of a reply, nothing for an empty one.  The cases that it was
-# written against, with a reason each, are a table in tests/score_cases.py.
-#
-# Why was this reply marked so?  Its `rule` says where the answer was found, the first that applies:
-#     same text      the reply is the right answer, character for character, and nothing else
-#     first words    it begins with one of the options: "Yes, because ..."
-#     answer mark    \boxed{}, <answer>, [[ ]], ####, Answer: on a line of its own (MARKS); the last one
-#     answer phrase  "the answer is", "choose", and the like (PHRASES); the last one not negated or supposed
-#     only line, first line    a line that is a value or a letter, and the only such line
-#     last line      a letter there, perhaps with its option, and no other line begins with one
-#     last sentence  what stands behind its last "is" or "=" (COPULA)
-# or why there is none: two answers marked, two answers stated, hedged (HEDGE, BLIND), taken back (TAKEN_BACK,
-# REJECTED), negated or supposed (NOT, DENIED, SUPPOSED), nothing found.  For a choice it goes on with: option
-# text, no option, several letters, letter and text disagree.
-# ------------------------------------------------------------------------------------------------------------
 KINDS = ("choice", "choice_text", "integer", "float", "list", "free")
-Score = namedtuple("Score", "match extracted rule")  # right or wrong; the text that was marked; why that text
-SPELLING = [line.split() for line in (  # the last one of a line replaces the others
-    "Â° 掳 º ˚ ^{\\circ} ^\\circ ^{°} ^° \\circ ^{\\degree} ^\\degree \\degree °", "× \\times \\cdot · ⋅ *",
-    "÷ \\div /", "√ sqrt", "∞ \\infty inf", "− – — -", "\\leqslant \\leq ⩽ ≤ ≦ <=", "\\cup ∪", "\\pm ±",
-    "\\geqslant \\geq ⩾ ≥ ≧ >=", "\\neq ≠ =/= =\\= !=", "\\lt <", "\\gt >", "\\approx ≈ =", "\\angle ∠",
-    "\\Omega Ω", "\\{ {", "\\} }", "\\% %")]
-LATEX = [(re.compile(pattern), new) for pattern, new in (  # from the inside out, a level a turn
-    (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}", r"\1"),
-    (r"\^\{([^{}]*)\}", r"^(\1)"), (r"\\[dtc]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"((\1)/(\2))"),
-    (r"\\[dtc]?frac\s?(\d)\s?(\d)", r"(\1/\2)"), (r"\\?sqrt\s?\{([^{}]*)\}", r" sqrt(\1)"),
-    (r"\\sqrt\s?\[(\d)\]\s?\{([^{}]*)\}", r"((\2)^(1/\1))"), (r"\\(sqrt|sin|cos|tan|ln|log|pi)", r" \1 "),
-    (r"\\Rightarrow|\\implies|⇒|⟹|∴", ", so "), (r"π", " pi "),
-    (r"\\le\b", "<="), (r"\\ge\b", ">="), (r"\\in\b|∈", " in "))]
-
-def normalise(text):
-    """One spelling for one thing: Unicode forms, signs, LaTeX. -> str.  Linear in the length of the text."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]  # thinking is no answer
-    text = re.sub(r"(?<=[\w)])\*\*(?=[\d(])", "^", text)
-    text = re.sub(r"\\left|\\right|\\displaystyle|\\!|\{,\}|\*\*|__|[$`]", "", text)
-    nfkc = functools.partial(unicodedata.normalize, "NFKC")
-    text = re.sub("[½⅓⅔¼¾⅕⅛]", lambda m: f" {nfkc(m[0])}", text)  # NFKC alone: 3½ is 31/2, 10⁵ is 105
-    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: f"^({nfkc(m[0])})", text)
-    for *olds, new in SPELLING:
-        for old in olds:
-            text = text.replace(old, new)
-    parts = (nfkc(text[k:k + 500]) for k in range(0, len(text), 500))  # as a whole: quadratic in accents
-    text = "".join(parts).replace("⁄", "/")
-    for _ in range(6):  # what is nested deeper stays as it is, and equals nothing
-        before = text
-        for pattern, new in LATEX:
-            text = pattern.sub(new, text)
-        if text == before:
-            break
-    return re.sub(r"(?:\\[(),;: \[\]]|\\quad|~|[^\S\n])+", " ", text).strip()
-
-# Where a final answer stands, and what takes it away.  Inside a class of places the last one wins: replies
-# correct themselves.  Every repetition is bounded or anchored, so 100 kB of brackets take no second.
-any_of = lambda *patterns: re.compile("|".join(patterns), re.I)
-MARKS = [re.compile(pattern) for pattern in (  # made for it
-    r"\\f?box(?:ed)?\s?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\}){0,400})\}",  # brackets in brackets
-    r"<answer>((?:(?!</?answer>)[\s\S]){0,400})</answer>",
-    r"\[\[([^\[\]]*)\]\]",
-    r"####\s?([^\n]*)",  # GSM8K's
-    r"†\s?Answer\s?:\s?([^\n†]*)",  # Math-PUMA's
-    r"<Answer>\s?:?\s?<<([^<>]*)>>", r"<Answer>\s?:\s?([^\n<]+)",  # We-Math's
-    r"(?i)(?:^|\n)[# ]*(?:the )?(?:final )?answer:? ?\n\s*([^\n]{1,200})")]  # a heading
-REST, LETTER = r"(?=([^\n]{1,200}))", r"\(?((?-i:[A-J]))\)?"
-PHRASES = any_of(  # said in words; the group is the answer and what follows it
-    r"(?:\bans(?:wers?)?(?: (?:to|among) (?:the|this|these) (?:given )?(?:question|problem|options|choices))?"
-    r"|\b(?:correct|right|best) (?:option|choice|one)|答案|正确(?:的|选项)|\b(?:option|choice) that is correct)"
-    r"\"?\s?(?:】|is|are|=|:|would be|should be|must be|equals|为|是|应为|应该是|(?=不是))" rf"\s?:?\s{{0,3}}{REST}",
-    rf"\b(?:it|that|this) (?:should|must) be {REST}",
-    rf"(?:故选|应选|选择|选(?!项))\s?:?\s?{REST}",  # "so choose"; 选项 is "option"
-    r"\b(?:choose|select|pick|go with|left with)\b(?: option| choice)?"
-    rf" (?!\w (?:as|so that|to)\b|\d+ [a-z]|\w ?=|one|two|three|any){REST}",
-    r"(?:\b(?:so|it is|it's)|(?:^|[.\n]\s?)(?:option(?: letter)?|choice|therefore|thus|hence|final"
-    rf"|conclusion)[:,]?) {LETTER}(?=[.!]?$)", rf"(?:对应|即)选项\s?{LETTER}",  # "... = 5. Option B."
-    rf"(?:\b(?:option|choice|solution|result|letter)|选项)\s?:\s?{LETTER}(?=\W|$)",
-    rf"\b(?:option|choice) {LETTER} (?:fits|matches)\b",
-    rf"(?:选项|\b){LETTER}\s?(?:选项)?是?正确(?!吗)",
-    rf"(?:^|[.,;:!\n]|\b(?:and|so|thus|hence|therefore|only|option|choice))\s?{LETTER}"
-    r"(?:[,:]? \(?[-\d][^\s,()]{0,12}\)?,?)? (?:is|would be|must be) (?:the )?(?:answer\b|correct|best|true"
-    r"|right(?: answer| option| choice| one|[.,!]))")
-# What takes an answer away.  A list: phrases between semicolons, as regular expressions.
-phrases = lambda text: r"\b(?:" + "|".join(part.strip() for part in text.split(";")) + r")\b"
-CANNOT, PICTURE = "(?:cannot|can't|unable to|not able to)", "(?:image|picture|figure|diagram)s?"
-SHOWN = "(?:shown|given|provided|visible|available|attached|clear)"
-BLIND = any_of("(?:看不|无法(?:看|查看|读))(?:到|见|清|取)?|没有图|信息不足|图片缺失", phrases(rf"""
-    (?:{CANNOT}|don't|do not) (?:actually )?(?:see|view|(?:have )?access(?: to)?) (?:the |an?y? )?{PICTURE};
-    without (?:seeing |access to )?(?:the|an?) {PICTURE}; there is no {PICTURE};
-    please provide the {PICTURE}; (?:not enough|need more|without more) information;
-    no {PICTURE} (?:(?:is|was|has been) )?{SHOWN}; {PICTURE} (?:(?:is|was) not|isn't|wasn't) {SHOWN};
-    {PICTURE} (?:is|was) (?:too )?(?:missing|illegible|blurry)"""))  # anywhere in a reply
-DOUBT = "|".join((phrases(rf"""
-    might; maybe; perhaps; probably; possibly; presumably; presume; tentatively; apparently; arguably;
-    supposedly; unsure; uncertain; guess(?:ing)?; suspect; hunch; intuition; plausible; chances; odds are;
-    bet; unless; depends; may (?:also )?be; could (?:also )?be; don't know; no idea; hard to (?:say|tell);
-    shot in the dark; in theory; (?:rough|just an) estimate; insufficient; lean(?:ing)?; low confidence;
-    depending on; if i(?:'m| am); alternatively; also possible; please (?:double|verify|check);
-    not (?:\w+ )?(?:sure|certain|confident); also (?:correct|right|true);
-    {CANNOT} (?:see|view|read|answer|solve|verify|tell|say|determine|be sure|be certain); and so on;
-    both \S+ and \S+ (?:work|are|fit)"""), r"n't have enough information|, ?\.\.|(?:^|[.;\n]) ?otherwise\b",
-    r"\b(?:another|the other) (?:possible )?(?:solution|root|answer|value) ?(?:is|=|:|x)",
-    r"[.!?\n] ?also (?:\S+ ?=|-?\d)", "可能|也许|大概|不确定|无法(?:确定|判断)|我?猜|随便|估计|或许|似乎|好像|看起来"))
-HEDGE = any_of(DOUBT, phrases(  # in the sentence of an answer
-    rf"likely; seems?; looks? like; appears?; {CANNOT} be determined?; either(?! [^.]{{0,80}}\bnor\b|[.,])"))
-DOUBT = any_of(DOUBT)  # and behind it
-WRONG = (  # said of what stands before it
-    r"(?:'s|is|are|was|were|can|could|does|do|did) ?(?:(?:be |a |the )?(?:wrong|incorrect|mistaken?|false)"
-    r"|(?:not|n't|'t) (?:be |look |seem )?(?:right|correct|true))|contradicts")
-TAKEN_BACK = any_of(r"(?:^|[.!?,:;\n}>-]|\b(?:but|no|oh|hmm)) ?" + phrases(r"""
-    wait; actually; correction; correcting; scratch that; strike that; sorry; hmm; oops; hold on; never mind;
-    on reflection; on second thought; (?:up)?on (?:further )?(?:review|rechecking); looking closer;
-    not quite; i meant?; i forgot; my mistake; (?:my )?apologies;
-    (?:i|we) (?:misread|apologize|made an? (?:error|mistake)); on the contrary; or rather; better said;
-    (?:edit|updated?)(?=:); (?:let me|i need to) (?:revise|correct);
-    (?:let me )?(?:re-?check(?:ing)?|recalculate|recompute|reconsider|redo)"""),
-    rf"(?:^|[.!?\n}}>] ?|, ?but |\bthat )(?:(?:but|however|no),? )?(?:this|that|it) ?(?:{WRONG})\b(?! that)",
-    r"[.!?\n}>] ?no, (?=(?:it|that|this|the)\b|\d|\S+ =)",
-    "等等|稍等|不对|更正|错了|不正确(?!的)|重新计算|抱歉|。不,")  # all that stands before is withdrawn
-REJECTED = any_of(  # right behind a candidate: "B. 45° is too small", "B: no", "15, which does not fit"
-    r"\W{0,9}(?:(?![A-J]\b)[^\s,]{1,40},? )?(?:(?:which|that|but it|but this) )?(?:" + WRONG +
-    r"|(?:is|are|was|can)(?: be)? (?:impossible|eliminated|ruled out|rejected|excluded|discarded|extraneous"
-    r"|too \w+)|(?:is|can|does|do) ?(?:not|n't) (?:be )?(?:possible|the answer|an option|fit|hold|work|match"
-    r"|satisfy)|fails|lies outside)\b",
-    r"\W{0,9}(?:wrong|incorrect|false|impossible|unknown|none|too \w+"
-    r"|not (?:possible|correct|right|true|valid)|(?:this|that|the) \w+ is (?:rejected|not)|no(?=\W{0,9}$))\b",
-    r"\W{0,9}(?:❌|✗|✘|错误|不符合|不成立|排除)")
-DENIED = any_of(phrases(r"""
-    none; hardly; undefined; fails? to; except; originally; possibility;
-    (?:exclud|reject|discard|substitut|plug)\w*; extraneous; setting; testing; to (?:prove|show); bound;
-    (?:one|a) (?:possible )?(?:solution|root|value);
-    (?:wrong|incorrect|false|rough|old|first|initial|nearest) (?:answer|option|choice|value|estimate)"""),
-    r"e\.g\.|^\W*where\b|\b(?:choose|pick|consider|try) \w ?$|[a-z] (?:plus|minus|times) \S+ ?$",
-    r"\b(?:half|twice|double|third|quarter|square|%|\d) (?:of )?[a-z] ?$")  # before a value
-SUPPOSED = any_of(  # before an answer phrase, in its sentence: then it states nothing
-    r"(?:\b(?:if|suppose|supposing|assume|assuming|let(?!'s)|given|whether|say)\b|如果|若|假设)[^,]*$",
-    r"\bif\b.* (?:were|was|had)\b.*$",  # "If it were 60°, the answer would be C"
-    "(?:n't|" + phrases(r"""
-    not(?! hard| diff); cannot; refuse; said; no(?! doubt| need); never; nothing; impossible; unlikely;
-    is possible; false; wrong; mistake; otherwise; example; (?<!no )doubt;
-    (?:claim|argue|suggest|disagree|deny|reject|pretend|imagine)s?;
-    (?<!\bi )(?<!\bwe )(?:think|believe|say|wrote)s?; misconception; myth; you'd""") +
-    r")(?:(?!\b(?:so|thus|hence|therefore|then|and)\b)[^,;:.])*$",  # "It is not true that the answer is B"
-    phrases(r"""
-    can; incorrect; (?:many|most|some) (?:students|people); tempting; naive; trap; intuitive; closest;
-    nearest; worst; first; initial; earlier; previous; common;
-    one; his; her; their; your; (?<!only )possible; (?:students|people|many) (?:often|may)""") + " ?$",
-    r"[a-z](?<!\blet)(?<!\bit)'s ?$",
-    r"\b(?:half|twice|double|square|root|opposite|negative|bound|estimate)(?: of| for)? the $",
-    r"\b(?:wrong|incorrect) \w+ (?:is|was|would be) ?$|(?:e\.g\.|for example|in the form)[^.]*$",
-    r"(?:不|别|没|无法|误|错|同学|学生|有人|多人|小\w)[^,、;:的]{0,6}(?:的)?$", r"\b(?:option|choice) [A-J] ?$")
-NOT = any_of(r"(?:not|n't|neither|never)\b", r"\bno longer\b", "contradict|不|≠|!=")
-IS = phrases("""
-    is; are; be; was; equals; ha[sv]e?(?: an? \\w+ of| length| area)?; comes? to; amounts? to; totals;
-    needs?; costs?; weighs?; measures?; contains?; takes?; leaves?; pays?; holds?; covers?; covered; spends?;
-    earns?; (?:get|obtain)(?! \\w+ ?=); (?<!to )shows?; gives? an? \\w+ of; matches; corresponds? to;
-    (?:[Tt]his|which) gives?(?: us)?; (?:[Ii]t|[Tt]hat)'s""") + (
-    r"(?: at(?= \())?|等于|为|是|共有?|还?剩下?|需要")  # what an answer stands behind in a last sentence
-COPULA = re.compile(rf"(?<![<>!])=|{IS}")
-EQUATION = re.compile(  # at the end of a sentence: "is 2x + y = 5" or "x = 4, y = 0"
-    rf"(?:{IS}) ?((?!.*[a-z]{{2}})[^=]+=[^=]+)$"
-    r"|\b((?:[A-Za-z] ?= ?(?! )[^,;=]+(?:, (?:and )?|; | and )){1,8}[A-Za-z] ?=[^,;=]+)$")
-SENTENCE = re.compile(  # its end; not the dot of a point's name or of "i.e."
-    r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!i\.e\.)\s+|(?<=。)")
-END = re.compile("|".join((  # where a candidate ends
-    r"(?<=[^A-Z.])\.(?=\s|$)|。", r"(?<=\d): (?=.{0,80}=)", r" \((?=(?:or|approx\w*|about|roughly|=) )",
-    r",? \(?(?:rounded|correct to|to (?:the nearest|\w+ decimal))",
-    r",? (?:because|since|so that|which|where)\b|,? (?:i\.e\.|因为)",  # "5, because ..."
-    r", (?:so(?![^=\n]{0,80}=)|as(?! well)|not|and (?:so|thus|hence|therefore|it|this|that|the|we|not)) ",
-    " and not ",
-    r"\s?\([^()]{0,80}[a-z]{2} [a-z]{2}[^()]{0,80}\)$")))  # "5 (the sum of both)"
-LEAD = any_of(
-    r"(?:(?:therefore|thus|so|hence|then|approximately|about|roughly|exactly|equivalently|equal to|option"
-    r"|choice|letter|clearly|indeed|simply|(?:a )?total of|from|between|the),?\s+)+", r"选项\s?",
-    r"[a-z]+(?: [a-z]+){0,3}: (?=[-\d(\[](?!.*:))")  # "Area: 6"
-TAIL = re.compile(
-    r" (?:(?:are|is) )?(?:left|old|remaining|in total|in all|altogether|remain|long|wide|high|tall|deep"
-    r"|(?:in|on) (?:the|this) (?:image|picture|figure|diagram|photo|chart|graph|table))$")
-GIVEN = re.compile("(?:given|since|as|because|if|when|with|for) ", re.I)
-ANOTHER = re.compile(  # of several values: "AB = 5, AC = 6"; not "AB = 5, so AC = 6"
-    r"(?:[,;]|\b(?:and|while)\b)(?!.*(?:\b(?:so|then|thus|hence|therefore|we|which)\b|所以|因此|故|则))[^,;]*$")
-NO_LABEL = any_of(  # "half of AB = 10" is not 10
-    DENIED.pattern, r"\b(?:than|not|but|at|when|if|for|to|by|half|twice|double|minus|that|from|with)\b")
-RELATION = r"[a-z] ?(?:[<>]|[<>!]=) ?[-\d./]+"
-JOINED = re.compile(  # to another answer: "5 cm or 6 cm"
-    r"(?:\W{0,9}[a-z°]{1,3}(?<!\bor))?\W{0,9}(?:\b[oO]r\b|或)\s?(?:\\f?box(?:ed)?|<answer>)?\W{0,9}"
-    r"(.{0,80})", re.S)
-BOTH = re.compile(  # between two marks of one sentence; atomic, or "<a><a><a>" takes 2^n steps
-    r"(?></?\w+>|[^\w\n]|\b[a-z]{1,3}\b|\n(?=\W*(?:or|and)\b))*(?:\\f?box(?:ed)?|<answer>)?[^\w\n]*")
-BUT = any_of(  # "Yes, but only if", "Increasing, then decreasing", "Yes, I can help"
-    r"\W*(?:but|and|or|then|if|assuming|when|sometimes|only|later|for some|\d|i (?:can|see|need|don't)|let"
-    r"|sure|sort of)\b")
-DENIES = any_of(r"\b(?:not|would|wrong|incorrect|false|cannot|too \w+)\b|n't\b")
-OTHER_LETTER = re.compile(r"(?<![\w∠])(?<![Nn]ot )[A-J](?![\w'])")  # not that of an angle or of "not B"
-LABEL = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.:)]|$|,? [(-]? ?(?:because|since)\b)")  # "B", "(B)", "B. 40°"
-
-def clean(text):
-    """A candidate without the words around it."""
-    text = END.split(text.strip(), maxsplit=1)[0].removesuffix('"}').strip(" ,:\"'*\n").rstrip(" .,:")
-    text = re.sub("(?<=[a-z]{2})!$", "", text)  # 4! is 24
-    return TAIL.sub("", text[m.end():] if (m := LEAD.match(text)) else text)
-
-def extract(reply, equations=False, options=()):
-    """The final answer in a normalised reply. -> (text or None, name of the rule that found it, what follows)
-
-    equations  whether one or several are asked for: then "the line is 2x + y = 5" says more than 5
-    options    of a choice: "cannot be determined" is no doubt if it is one of them
-    """
-    # What came before is withdrawn, whether another answer follows or not.
-    reply = reply[max((m.end() for m in TAKEN_BACK.finditer(reply)), default=0):]
-    lines = [line.strip(" #*") for line in reply.split("\n") if line.strip(" #*")]
-    if doubted(reply, BLIND, options):
-        return None, "hedged", ""
-    if found := answer_mark(reply, options) or answer_phrase(reply, options):
-        return found
-    if doubted(reply[-300:], HEDGE, options):
-        return None, "hedged", ""
-    if PHRASES.search("".join(lines[-1:])[-2000:]):
-        return None, "negated or supposed", ""
-    found = lines and (short_line(reply, lines) or last_sentence(reply, lines[-1], equations))
-    return found or (None, "nothing found", "")
-
-def doubted(text, words, options):
-    """Whether one of the words is in the text, apart from the options: one may be "Cannot be determined"."""
-    for option in options:
-        if words.search(option):
-            text = re.sub(re.escape(option), "", text, flags=re.I)
-    return words.search(text)
-
-def stated(reply, text, rule, start, end=0):
-    """As extract, for a text found behind start, unless what follows (from end) takes it back."""
-    behind = reply[end or max(start, reply.find(text, start)) + len(text):]
-    if (joined := JOINED.match(behind)) and not same(clean(joined[1]).rstrip(")"), clean(text)):
-        return None, "two answers stated", ""
-    if REJECTED.match(behind) or re.fullmatch(r"\W*[A-J]\W*\?", text):
-        return None, "taken back", ""
-    return text or None, rule, behind
-
-# The rules by name, in this order.  Each gives what extract gives, or None when it does not apply.
-def answer_mark(reply, options):
-    """The last of MARKS; of a box also what it is multiplied with: "2\\boxed{5}", "\\boxed{5} million"."""
-    marks = sorted((m.start(1), m.end(), m[1].strip()) for mark in MARKS for m in mark.finditer(reply))
-    while marks[1:] and marks[-2][1] >= marks[-1][1]:
-        del marks[-2]  # it holds the last one: "### Answer\n\n\\boxed{B}"
-    if marks:
-        start, end, text = marks[-1]
-        _, middle, other = marks[-2] if marks[1:] else marks[-1]
-        if other and other != text and BOTH.fullmatch(reply[middle:start][:100]):
-            return None, "two answers marked", ""
-        head = re.split(r"(?<=[.!?\n])\s", reply[max(0, start - 90):start])[-1]  # "It is not \boxed{5}"
-        if SUPPOSED.search(head) or re.match(r"\W{0,3}\?", reply[end:]) or (
-                doubted(head, HEDGE, options) or doubted(reply[end:], DOUBT, options)):
-            return None, "hedged", ""
-        later = (answer_phrase(reply[end:], options) or [None])[0]
-        if later and bool(LABEL.match(later)) == bool(LABEL.match(text)) and not (
-                same(later, text) or LABEL.match(text) and later[0] == text.strip("(")[0]):
-            return None, "two answers stated", ""
-        if inner := answer_phrase(text, options):  # <answer>The answer is B.</answer>
-            return inner
-        if reply[end - 1] == "}":  # "2\boxed{5}" does not say 5
-            head = reply[:reply.rfind("\\", 0, start)][-40:]
-            text = FACTOR.search(head)[1] + text + POWER.match(reply[end:])[0].rstrip(" .,")
-        return stated(reply, text.strip(), "answer mark", start, end)
-
-def answer_phrase(reply, options):
-    """The last of PHRASES that is neither negated nor supposed."""
-    found = None
-    for m in [*PHRASES.finditer(reply)][-200:]:  # a hostile reply has thousands
-        text = next(filter(None, m.groups()))
-        begin = m.end() - len(m[0].lstrip(" .,;:!\n"))
-        before = SENTENCE.split(reply[max(0, begin - 80):begin])[-1].rpartition("\n")[2]
-        if found and (m[0].lower().startswith("and") or re.search(r"\bor (?:the )?(?:correct )?$", before)):
-            return None, "two answers stated", ""
-        if NOT.match(text):  # "not B but C" states C; "not B" takes back what was said before if that was B
-            other = re.search(r"(?:\bbut\b|\bit is\b|\bit's\b|而是) ?(.+)", text)
-            same_again = found and clean(text[3:]) == clean(found[1])
-            found = (m, other[1]) if other else None if same_again else found
-        elif not SUPPOSED.search(before) and not re.match(r"[^.!]*\?", text):
-            if found and m.lastindex == found[0].lastindex == PHRASES.groups and text != found[1]:
-                return None, "two answers stated", ""  # "B is true. D is true."
-            found = m, text
-    if found:
-        start = found[0].start()
-        said = reply[reply.rfind(".", 0, start) + 1:]  # and what follows: a doubt may come late
-        own = re.split(r"(?<=[.!?]) |\n", said.lstrip())[0]
-        own = re.split(r", so\b|\b(?:therefore|hence|thus)\b", own)[-1]
-        if doubted(own, HEDGE, options) or doubted(said, DOUBT, options):
-            return None, "hedged", ""
-        return stated(reply, clean(found[1]), "answer phrase", start)
-
-def short_line(reply, lines):
-    """A line that is a value or a letter, the first or the only one, or a letter on the last line."""
-    bare = [bare_value(line) for line in lines[:50]]  # several different ones: a list, none is stated
-    first, alone = lines[0], len(lines) == 1
-    rule = "only line" if alone else "first line"
-    if bare[0] and len({*bare} - {None}) == len(SENTENCE.split(first)) == 1 and (alone or "=" not in first):
-        other = not (alone or LABEL.match(first)) and extract(lines[-1])[0]  # "180°\nSo the angle is 60°."
-        if other and re.search(r"\d", other) and number(other) and not same(other, bare[0]):
-            return None, "two answers stated", ""
-        return stated(reply, clean(first), rule, 0)
-    label = LABEL.match(re.sub("^[Oo]ption ", "", lines[-1]))
-    if label and not alone and not any(value and LABEL.match(value) for value in bare[:-1]):
-        return stated(reply, lines[-1], "last line", reply.rfind(lines[-1]))
-    wordy = re.search(r"[^\W\d_]{2}", re.sub("sqrt|sin|cos|tan|log|ln|pi|inf|in|and|or", "", first))
-    if alone and len(first) <= 60 and len(SENTENCE.split(first)) == 1 and not (
-            COPULA.search(first) and wordy or first.endswith(("?", ":"))):
-        return stated(reply, clean(first), rule, 0)
-
-def last_sentence(reply, line, equations):
-    """What the last sentence says behind its last "is" or "=", if not denied, a bound or one of several."""
-    *others, last = filter(None, SENTENCE.split(line))
-    if COPULA.search(said := re.split(r",? \(?(?:since|because)\b|, as (?=\S+ [=+])", last)[0]):
-        last = said.strip()
-    stem = TAIL.sub("", last.rstrip(". "))
-    *before, text = COPULA.split(stem)
-    bound = r"\b(?:less|greater|more|larger|smaller|exceeds?) |\bat (?:least|most) \d"
-    if not before and (stem != last.rstrip(". ") and number(clean(stem)) or re.fullmatch(RELATION, last)
-                       or re.match(r"[A-Z][a-z]+(?: [a-z]+){0,3}: ?[(\[]", last)):
-        return stated(reply, clean(stem), "last sentence", reply.rfind(stem))  # "Thus, 7 objects are left."
-    if not before or re.search(bound, before[-1]):
-        return None
-    if equations and not re.match(r"\W*(?:if|when|at|for|with|suppose)\b|.*\bor\b", last, re.I) and (
-            m := EQUATION.search(last.rstrip(". ")[-200:])):
-        text, before = m[1] or m[2], before[:1]
-    given = "=".join(before)[-300:]
-    claim = re.split(r"(?i)\b(?:so|thus|hence|therefore|then|obtain|gives?|get)\b|; since [^,]*,", given)[-1]
-    if re.match(r"\W*(?:since|as|because|given|\w+ing) ", claim, re.I):
-        claim = claim.partition(",")[2] or claim
-    several = len(before) > 1 and not GIVEN.match(last) and ANOTHER.search(before[-1][-200:])
-    cut = others and re.search(r"\w$", last)  # the reply ends within a sentence
-    denied = NOT.search(claim) or DENIED.search(claim) or NOT.match(text.strip()) or SUPPOSED.search(given)
-    other = re.search("[<>]", claim) or stem.removesuffix(text).endswith("=") and unsolved(claim)
-    if len(text) <= 60 and text.strip() != "a" and not (
-            several or cut or denied or other or last.endswith("?")):
-        return stated(reply, clean(text), "last sentence", reply.rfind(text))
-
-def unsolved(claim):
-    """Whether a text ends in more than a name: "So 2x", "x + 1", "AB^2"; then "= 10" does not say x."""
-    side = re.split("[A-Za-z]{3,}|[,:;]", claim.partition("=")[0])[-1]
-    return "lim" not in claim and re.search("[A-Za-z]", re.sub("pi|sqrt", "", side)) and (
-        re.search(r"(?<![\w_(∠])\d|/\(?\d|\^|\||^\s*-[A-Za-z]", side))
-
-def bare_value(line):
-    """The letter or value of a line that is no more than that, else None."""
-    if label := LABEL.match(line):
-        return label[1]
-    value = unlabel(clean(line))[1] if len(line) <= 60 and not (
-        line.endswith(":") or SUPPOSED.search(line.partition("=")[0])) else ""
-    return value if number(value) and re.search(r"\d|pi|^\w$", value) else None
-
-# Units: what they measure (a power of a length, ...) and how many of the first of its kind they are.
-UNITS = {name: (kind, Fraction(amount)) for kind, group in (
-    ("length1", "m meter metre 米 1 km kilometer kilometre 千米 1000 dm decimeter 分米 1/10 cm centimeter "
-     "centimetre 厘米 1/100 nm 1/1000000000 mm millimeter millimetre 毫米 1/1000 inch inche 127/5000 "
-     "ft foot feet 381/1250 mile 201168/125"),
-    ("length3", "L l liter litre Litre 升 1/1000 mL ml milliliter millilitre 毫升 1/1000000"),
-    ("money", "dollar 美元 1 cent 1/100"), ("year", "year 年 1"), ("yuan", "元 1"),
-    ("mass", "g gram 克 1 kg kilogram 千克 1000 mg milligram 1/1000 t ton tonne 吨 1000000"),
-    ("time", "s sec second 秒 1 min minute 分钟 60 h hr hour 小时 3600 day 天 86400 week 604800"),
-    ("angle", "° deg degree 度 1"), ("percent", "% percent 1"),
-    ("radian", "rad radian 1"), ("energy", "J 1 kJ 1000"), ("small energy", "eV 1"),
-    ("temperature", "K kelvin 1"), ("force", "N 1 kN 1000"),
-    ("voltage", "V volt 1"), ("power", "W watt 1 kW 1000"), ("amount", "mol 1"),
-    ("current", "A ampere amp 1"), ("resistance", "Ω ohm 1"), ("frequency", "Hz hertz 1"),
-    ("pressure", "Pa pascal 1 kPa 1000"))
-    for names, amount in re.findall(r"((?:[^\d\s]+ )+)([\d/]+)", group) for name in names.split()}
-POWERS = {"square": 2, "sq": 2, "平方": 2, "squared": 2, "cubic": 3, "立方": 3, "cubed": 3}
-NAME = "|".join(sorted(UNITS, key=len, reverse=True))
-UNIT = re.compile(rf"(.*?[\d)i°]) ?(square |sq\.? ?|cubic |平方|立方)?({NAME})s?"
-                  rf"(?:\^?\(?([23])\)?| (squared|cubed))?(?: ?(?:/|per) ?({NAME})(?:\^\(?([23])\)?)?)?")
-FACTOR = re.compile(  # before a box: "2\boxed{5}", "x < \boxed{5}"
-    r"([-+*/^<]|(?<!answer)>|[<>!]=|\b(?:at (?:least|most)|(?:less|more|greater) than)|\d|) ?[$(]*\Z")
-POWER = re.compile(  # behind a box: "\boxed{5}\pi", "\boxed{5} mm"
-    r"(?: ?(?:pi\b|sqrt ?\S+|\^ ?\S+|[*/+-] ?\S+|%|(?:hundred|thousand|million|billion|dozen)\b"
-    rf"|(?:{NAME})s?(?=\W*$|[.,;\n^])))*")
-WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
-CONSTANTS = {"pi": math.pi, "e": math.e, "inf": math.inf}
-FUNCTIONS = {"sqrt": lambda x: power(x, Fraction(1, 2)), "sin": math.sin, "cos": math.cos, "tan": math.tan,
-             "ln": math.log, "log": math.log10}
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.Pow: lambda a, b: power(a, b)}
-THINGS = re.compile(  # "5 apples", "1 apple", but not "5 dozens", "5 million people", "5 more apples"
-    r"(.*\d\)?) ?((?<= )(?!(?:more|fewer|less|extra|too|percentage|and|or|of|to|per|times|plus|minus) )"
-    r"(?!(?:[a-z]+ )?(?:\w*(?:hundred|thousand|illion|dozen|half|third|quarter|(?<!mon)th)|pair|ten)s?\b)"
-    r"(?:[A-Za-z]{3,} )?(?!(?:plus|minus|less|halves|this|does|was|wrong|squared|cubed|factorial|past)\b)"
-    r"(?:[A-Za-z]{2,}s|people|men|women|children|fish|sheep|(?<=\b1 )[A-Za-z]{3,})"
-    r"|(?!次[方幂])[个只条本人岁名块种次](?:(?![半以多十百千万的错左上不吗吧])[\u4e00-\u9fff]){0,4})")
-Number = namedtuple("Number", "values unit scale decimals")  # decimals: (places, digits)
-
-def power(a, b):
-    """a ** b, exact where it can be. ValueError for what has no real value or would fill a page."""
-    if abs(b) > 64 or (isinstance(a, Fraction) and max(abs(a.numerator), a.denominator) > 10 ** 40):
-        raise ValueError("too large")
-    if isinstance(a, Fraction) and b == Fraction(1, 2) and a >= 0:
-        root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
-        return root if root * root == a else math.sqrt(a)
-    if a < 0 and b != Fraction(1, 3) and b != int(b):
-        raise ValueError("no real value")
-    return a ** int(b) if getattr(b, "denominator", 0) == 1 else math.copysign(float(abs(a)) ** float(b), a)
-
-def value(node, k):
-    """The value of a syntax tree at point k of its letters. What is not listed has none: nothing runs."""
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](value(node.left, k), value(node.right, k))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        return value(node.operand, k) * (-1 if isinstance(node.op, ast.USub) else 1)
-    if isinstance(node, ast.Call) and len(node.args) == 1:
-        return FUNCTIONS[node.func.id](value(node.args[0], k))
-    if isinstance(node, ast.Name):
-        c = CONSTANTS.get(node.id)  # letters: far from linear in ord, or 3b would be a + b + c
-        return c or Fraction((ord(node.id) ** 2 * (k + 2) + 37 * ord(node.id)) % 1009 + 3, 211 + 10 * k)
-    return Fraction(repr(node.value))  # of a number as it was typed: .1 is 1/10
-
-def expression(text):
-    """Numbers, letters, + - * / ^, brackets, roots, named functions -> values at three points, or None."""
-    source, last = "", ""
-    text = re.sub(r"(sin|cos|tan|ln|log) ?(\d*\.?\d*[a-z]|\d[\d.]*)(?![\w(])", r"\1(\2)", text)  # sin 2x
-    for token in re.findall(r"\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S", text) if len(text) <= 120 else ():
-        if token.isalpha() and token not in FUNCTIONS and token not in CONSTANTS:
-            if len(token) > 2:
-                return None  # a word
-            token = "*".join(token)
-        if last in FUNCTIONS and token != "(":
-            token = f"({token})"  # sqrt 3
-        elif re.search(r"[\w)]$", last) and re.match(r"[\w(.]", token) and last not in FUNCTIONS:
-            if token[0] in ".0123456789" and last[-1] != ")":
-                return None  # two numbers side by side
-            source += "*"
-        source, last = source + token, token
-    try:
-        tree = ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", source).replace("^", "**"), mode="eval").body
-        values = tuple(value(tree, k) for k in range(3))
-        return values if all(abs(v) < 1e100 or math.isinf(v) for v in values) else None  # for float
-    except (SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError,
-            MemoryError):
-        return None
-
-@functools.lru_cache(maxsize=256)
-def number(text):
-    """A text as Number, or None: "12 cm^2", "3 1/2", "1,200", "2sqrt(3)", "x+1", "50%", "seven"."""
-    text = text.replace("per cent", "percent").strip().rstrip(".").strip()[:121]
-    text = re.sub(rf"\(({NAME})\)$", r"\1", text)  # 15.7(厘米)
-    text = re.sub(r"(sin|cos|tan) ?(?:(\d[\d.]*)°|\((\d[\d.]*)°\))", r"\1(\2\3*pi/180)", text)
-    text = re.sub(r"^(?:approximately|about|roughly|=) ?", "", text)
-    text = re.sub(r"(?<![\d.])(\d{1,3}(?:[, ]\d{3})+)(?!\d)", lambda m: re.sub("[, ]", "", m[1]), text)
-    text = re.sub(r"^(-?)(\d+) ?(?:\(\((\d+)\)/\((\d+)\)\)|(?<= )(\d+)/(\d+))", r"\1(\2+\3\5/\4\6)", text)
-    text = re.sub(r"(\d)[eE]([+-]?\d+)", r"\1*10^(\2)", text)
-    text = re.sub(r"^[A-Za-z]+\b", lambda m: str(WORDS.get(m[0].lower(), m[0])), text)
-    text, unit, scale = re.sub(r" ?\b(?:square |sq\.? |cubic )?units?$", "", text), None, 1
-    if (m := UNIT.fullmatch(text)) and expression(m[1]):
-        raised = int(m[4] or POWERS.get((m[2] or m[5] or "").strip(" ."), 1))
-        text, (kind, scale) = m[1], UNITS[m[3]]
-        unit, scale = kind if raised == 1 else f"{kind.rstrip('1')}{raised}", scale ** raised
-        if m[6]:
-            unit, scale = f"{unit}/{UNITS[m[6]][0]}{m[7] or ''}", scale / UNITS[m[6]][1] ** int(m[7] or 1)
-        if unit == "radian":
-            unit, scale = "angle", 180 / math.pi
-    elif m := THINGS.fullmatch(text):
-        text, unit = m[1], m[2].lower().removesuffix("s")  # "5 apples"
-    values, plain = expression(text), re.fullmatch(r"[+-]?\d*\.(\d+)", text)
-    decimals = (len(plain[1]), len(text.lstrip("+-0.").replace(".", ""))) if plain else None
-    return values and Number(values, unit, scale, decimals)
-
-def near(a, b):
-    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return a == b if exact else math.isclose(a, b, abs_tol=1e-12)
-
-def same_number(a, b):
-    """Equal values; units have to agree where both have one. An exact value equals its correct rounding."""
-    if a.unit and b.unit and a.unit != b.unit:
-        return False
-    scale = a.scale / b.scale if a.unit and b.unit else 1
-    left, right = [v * scale for v in a.values], b.values
-    for rounded, other in ((a.decimals, b.decimals), (b.decimals, a.decimals)):
-        if rounded and rounded[1] >= 3 and (not other or other[0] > rounded[0]):  # 3 significant digits
-            return all(abs(x - y) <= .5000001 * 10 ** -rounded[0] for x, y in zip(left, right))
-    return all(map(near, left, right))
-
-def elements(text):
-    """"(4, 0]" -> ("(", ["4", "0"], "]"); "4, 0" -> ("", [...], ""); "x = 4, y = 0" -> (None, [...], None)"""
-    text = re.sub(r"^(?:(?:[\w ]*|\([\w ,]+\) ?)= ?(?=[(\[{])|\w in |[A-Z] ?(?=\())", "", text.strip())
-    whole, depth, cuts = re.fullmatch(r"([(\[{])(.*)([)\]}])", text, re.S), 0, []
-    inner = whole[2] if whole else text
-    for i, c in enumerate(inner[:400]):
-        depth += (c in "([{") - (c in ")]}")
-        if depth < 0:  # "(1, 2) and (3, 4)"
-            return "", [text], ""
-        if depth == 0 and c in ",;、":
-            cuts.append(i)
-    parts = [inner[i + 1:j].strip() for i, j in zip([-1, *cuts], [*cuts, len(inner)])]
-    if not whole:  # "3, 5 and 7"
-        parts = [one for part in parts for one in re.split(" and | to |和", part.removeprefix("and "))]
-    named = [unlabel(part) for part in parts]
-    if len(named) > 1 and all(name for name, _ in named):
-        return None, [value for _, value in sorted(named)], None
-    return (whole[1], parts, whole[3]) if whole else ("", parts, "")
-
-def unlabel(text):
-    """"slope = -4" -> ("slope", "-4"); "2 + 2 = 4" -> ("", "4"); an equation proper stays whole."""
-    name = r"(?:(?:[^\W\d]\.?|[∠△' ])\d?){0,40}(?:\(\w\))?"
-    if m := re.fullmatch(rf" ?({name}) ?=(?:(?:(?! and )[^=,])*=)* ?((?:(?! and )[^=])+)", text[-400:]):
-        if not NO_LABEL.search(m[1]):
-            return m[1].strip(), m[2].strip()
-    left, _, right = text.rpartition("=")
-    if re.fullmatch(r" ?[A-Za-z]", right) and number(left):
-        return right.strip(), left.strip()  # 5 = s
-    return "", right.strip() if re.fullmatch(r"[-\d +*/^()=.,]+", left) else text
-
-def proportional(a, b):
-    """Two equations say the same: the differences of their sides are equal up to a factor that is not 0."""
-    sides = [[expression(side) for side in text.split("=", 2)] for text in (a, b)]
-    if any(len(two) != 2 or None in two for two in sides):
-        return False
-    p, q = ([left - right for left, right in zip(*two)] for two in sides)
-    return any(p) and any(q) and all(near(p[0] * q[k], p[k] * q[0]) for k in (1, 2))
-
-def same(found, gold):
-    """Whether two normalised answers are equal: as sets, lists, equations, values, relations or text."""
-    if found == gold or len(found) > 2000:  # not worth the time
-        return found == gold != ""  # an option that is a picture has no text
-    if m := re.fullmatch("([^=]*(?:pi|sqrt)[^=]*)=([^=]*)", found):  # "9 pi = 28.27"
-        found = m[1] if number(m[1]) and number(m[2]) and same(m[1], m[2]) else found
-    found, gold = (re.sub("^([^±]*)±([^±]*)$", r"\1+\2 or \1-\2", text) for text in (found, gold))
-    for joint in ",? or |或", "∪":
-        some, others = re.split(joint, found), re.split(joint, gold)
-        if len(others) > 1:  # both roots, in any order
-            return len(some) == len(others) and all(any(same(a, b) for a in some) for b in others)
-        if len(some) > 1:
-            return len(some) < 10 and all(same(part, gold) for part in some)  # "1/2 or 0.5"
-    some, others = elements(found), elements(gold)
-    if len(others[1]) > 1 or others[0] and not number(gold):
-        return (None in (some[0], others[0]) or some[::2] == others[::2]) and same_list(some[1], others[1])
-    (name, f), (gold_name, g) = unlabel(found), unlabel(gold)
-    letters = {m[0] for text in (name, gold_name) if (m := re.search(r"(?:^| )(\w(?:\(\w\))?)$", text))}
-    if len(letters) > 1 and len({*map(len, letters)}) == 1 or "=" in re.sub("[<>!]=", "", f + g):
-        return proportional(found, gold)  # "x = 4" is not "y = 4"
-    if (x := number(f)) and (y := number(g)):
-        return same_number(x, y) or f.isalpha() and f.lower() == g.lower()
-    relations = [re.split("(<=|>=|!=|<|>)", text) for text in (f, g)]
-    if min(map(len, relations)) > 1:  # 3 > x is x < 3
-        left, right = ([part.replace(">", "<") for part in r[::-1 if ">" in r[1] else 1]] for r in relations)
-        return len(left) == len(right) and all(p == q if k % 2 else same(p.strip(), q.strip())
-                                               for k, (p, q) in enumerate(zip(left, right)))
-    bare = lambda text: re.sub(  # without signs, but 1:15 is not 1:1.5 and A' not A
-        r"(?<!\d)[.:]|[.:](?!\d)|[,;!?\"()]+|(?<![A-Za-z])'|'(?=[a-z])", "",
-        re.sub(r"\s+", "", re.sub("^(?:the|a|an) ", "", text.lower())))
-    return bare(f) == bare(g) != "" and not x and not number(g)
-
-def same_list(some, others):
-    return len(some) == len(others) and all(map(same, some, others))
-
-def letter_of(found, n):
-    """-> (index of the option letter that an answer starts with, or None; what follows it). No article A."""
-    m = re.match(r"[(\[]?([A-Z])(?:[)\].:]+|选项|项)?(?=$|\s|[^\w(=+*/^'-])(?!\.[a-z])", found) or re.fullmatch(
-        r"[(\[]?([a-j])[)\]]?\.?", found)
-    rest = found[m.end():] if m else ""
-    if not m or len(m[0]) == 1 and re.match(
-            " (?!is |because |since |as |for |by |due |in this |from |using )[a-z]", rest):
-        return None, ""
-    index = ascii_uppercase.index(m[1].upper())
-    return index if index < n else None, rest
-
-def option_of(found, options, kind):
-    """-> (index of the option that an answer names, or None; what the rule's name goes on with; the rest)"""
-    beside = re.fullmatch(  # "45° (B)", "45°, which is option B"
-        r"(.{1,99}?),? (?:\(?(?:\w+ (?:is )?)?(?:option|choice) \(?([A-J])\)*|\(([A-J])\))", found)
-    if beside and any(same(clean(beside[1]), option) for option in options):
-        found = f"{beside[2] or beside[3]}. {beside[1]}"
-    found = re.sub(r"^([A-J])\((.+)\)$", r"\1. \2", found)
-    lead = re.match("(?:option|choice|the) ", found, re.I) and LEAD.match(found)
-    name = found[lead.end():] if lead else found
-    index, rest = letter_of(name, len(options) or 10)
-    rest = re.sub(r"^ ?[-;,] ?(?:i\.e\.,? |that is,? |namely )?", " ", rest)
-    equal, also = ([k for k, option in enumerate(options) if option == text != ""] or
-                   [k for k, option in enumerate(options) if same(text, option)]
-                   for text in (clean(found), clean(rest).strip("()")))
-    others = "".join(part for part in re.split(r"(?<=[.!?\n]) ", rest) if not DENIES.search(part))
-    value = re.match(r"[ (]*\d", rest) and number(clean(rest).strip("()")) and all(map(number, options))
-    if index is not None and index not in also and (also or value and options):  # "C. 16", but there is no 16
-        return None, ", letter and text disagree", ""
-    if index is not None and not also and REJECTED.match(rest):
-        return None, ", taken back", ""
-    if index is not None and not also and (OTHER_LETTER.search(others) or re.match(r"\W*\S+ or ", rest)):
-        return None, ", several letters", ""
-    if index is not None and not (kind == "choice_text" and equal):
-        return index, "", rest
-    if len({options[k] for k in equal}) == 1:  # one option, or several that read alike
-        return equal[0], ", option text", ""
-    return None, ", option text" if equal else ", no option", ""
-
-def first_words(reply, options, kind):
-    """As extract, for a reply that begins with the words of an option, "Yes, because ...", else None."""
-    clauses = [c.strip() for c in re.split(r"[,;:!\n]|\.(?=\s|$)", reply.lower())]
-    said = [o for o in options if o.lower() in (clauses if kind == "choice_text" else [reply.lower()])]
-    if len(said) == 1 and reply.lower().startswith(said[0].lower()):
-        rest = reply[len(said[0]):]
-        later, why, _ = extract(rest.lstrip(" .,:;!"))  # nothing else may be said
-        another = later and any(same(later, option) for option in options if option != said[0])
-        if not (another or TAKEN_BACK.search(reply) or HEDGE.search(rest) or BUT.match(rest)
-                or re.match("answer|two|taken", why)):
-            return said[0], "first words", ""
-
-def last_words(reply, options):
-    """-> the option that is the last sentence, "Therefore, a = b.", or None."""
-    last = clean(SENTENCE.split(reply.rpartition("\n")[2].strip("* "))[-1])
-    lead, _, tail = reply.rpartition(last or "\n")
-    items = (re.sub(r"^\W*(?:\d\d?|[A-J])[.)] ", "", item) for item in re.split("[\n,]", lead[-2000:]))
-    if last in options and not {clean(item.strip("#* ")) for item in items} & {*options} - {last}:  # no list
-        denied = phrases("not; wrong; incorrect; mistake; excluded; eliminated; fail; given; if; or; too;"
-                         "assume; suppose") + r"[^.!\n]{0,80}$|n't\b[^.!\n]{0,80}$"  # "It is not\n15"
-        lead = lead.strip("\n *") or "."
-        if lead[-1] in ".!:,。0123456789" and not (re.search(denied, lead, re.I) or REJECTED.match(tail)):
-            return last
-
-def score_answer(reply, gold, kind, choices=None):
-    """Mark one reply. -> Score(match, extracted, rule)
-
-    reply     what the model said, any text
-    gold      the right answer: a letter for "choice", one of choices for "choice_text", else value or text
-    kind      one of KINDS
-    choices   the options of a multiple choice question, in order
-    raises    ValueError for an unknown kind
-
-    A reply without an answer has extracted None: it is wrong, and counted as unparsed besides.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
-    reply, gold, options = normalise(reply), normalise(gold), [normalise(option) for option in choices or ()]
-    gold = gold.split("\n")[0] if len({*gold.split("\n")}) == 1 else gold  # one shipped value is there twice
-    if reply == gold != "":
-        return Score(True, reply, "same text")
-    equations = "=" in gold and re.search("[a-z]", unlabel(gold)[1]) or len(elements(gold)[1]) > 1
-    found, rule, behind = first_words(reply, options, kind) or extract(reply, equations, options)
-    if rule in ("last sentence", "only line", "nothing found") and (option := last_words(reply, options)):
-        found, rule = option, "last sentence"
-    if found is None:
-        return Score(False, None, rule)
-    letters = re.findall(r"(?:^|\n)\W{0,2}([A-J])(?!\w)", gold) if kind == "choice" else []  # "False": none
-    if len(letters) > 1:  # two shipped golds: both have to be said, and no other
-        return Score(OTHER_LETTER.findall(found) == letters, found, rule)
-    if letters or kind == "choice_text":
-        index, why, rest = option_of(found, options, kind)
-        rest = re.sub(r"^[ .,:;!)}(]*(?:i\.e\.,? )?", "", rest + behind)
-        later = extract(rest, options=options)[0] if index is not None else None
-        named = not DENIES.search(rest[:80]) and re.match(  # "15 (option C)"
-            r"(?:[^.\n]{0,60}[(,] ?)?(?:option|choice) \(?([A-J])\b", rest)
-        value = re.search(  # "so x = 60°, choose C"
-            r"(?:=|\bis) ?([-\d][^=,;。\n]{0,20}?)(?:,|\. (?=So|Thus|Hence|Therefore))[^=.。\n]{0,30}$",
-            reply.removesuffix(behind)[-60:])
-        later = later or value and not why and value[1]
-        if later and option_of(later, options, kind)[0] not in (None, index) or (
-                named and named[1] != ascii_uppercase[index or 0]):  # "B ... so the angle is 60°"
-            index, why = None, ", letter and text disagree"
-        if index is None or (not letters and index >= len(options)):
-            return Score(False, found, rule + why)
-        match = index == ascii_uppercase.index(letters[0]) if letters else options[index] == gold or (
-            gold not in options and same(options[index], gold))
-        return Score(match, found, rule + why)
-    last = SENTENCE.split(behind.strip())[-1]  # "The answer is 5. However, it is 6."
-    if re.match(r"\W*(?:so|therefore|thus|hence|however|but|no|in total)\b", last, re.I):
-        later = number(unlabel(extract(last)[0] or "")[1])
-        if later and number(unlabel(found)[1]) and not same_number(later, number(unlabel(found)[1])):
-            return Score(False, None, "two answers stated")
-    if kind == "list":
-        return Score(same_list(elements(unlabel(found)[1])[1], elements(gold)[1]), found, rule)
-    one, *more = re.split(",? or ", found)  # "20 pupils, or 20 in total"
-    one = one if all(same(clean(other), one) for other in more[:9]) else found
-    x, y = number(unlabel(one)[1]), number(unlabel(gold)[1])
-    if kind in ("free", "choice") or not y:
-        return Score(same(found, gold), found, rule)
-    if not x or (x.unit and y.unit and x.unit != y.unit) or len(set(x.values)) > 1:
-        return Score(False, found, rule)
-    half = Fraction(1, 2 * 10 ** len(gold.partition(".")[2])) if kind == "float" else 0  # of the last place
-    mine = x.values[0] * x.scale / y.scale if x.unit and y.unit else x.values[0]
-    return Score(bool(abs(mine - y.values[0]) <= half), found, rule)
 
 # ------------------------------------------------------------------------------------------------------------
 # The problems.  Every benchmark becomes a list of rows like those of data_gen.py: id, image_url, instruction,
@@ -1118,6 +440,491 @@ def main(argv=None):
         print(f"chart: {chart}; ", end="")
     where = "the model folders" if args.models and builtin else ", ".join(folder_of(n, args) for n in names)
     print(f"every reply and its mark: replies.jsonl in {where}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The scorer.  An answer is read from a slot, never from prose: the prompt asks for a last line
+# "Answer: X", and whatever else a reply says does not count.  What stands in a slot has to be an
+# answer from end to end: "5 or 6", "5, I think" and "not 5" are none.  In this order:
+#
+#     slots           where an answer stands: "Answer: X", "The answer is X", \boxed{X}, <answer>
+#     spelling        one spelling for one thing: LaTeX and Unicode become plain text
+#     numbers         a small grammar, read by hand: nothing is run, and fractions stay exact
+#     equality        of texts, lists, numbers with units, equations; which option is meant
+#     score_answer    right = nothing follows the last slot, and EVERY slot holds the right answer
+#
+# Why not rules that read prose: the first version had 677 lines of them, and of 444 wrong replies
+# written to get past them 201 were marked right.  The price: replies to prompts that ask for no
+# slot are mostly unparsed.
+
+Score = namedtuple("Score", "match extracted rule")  # right?  what was marked, or None; which slot
+
+LONGEST_READ = 4000  # characters at the end of a reply; more has no place in an answer
+LONGEST_BARE = 500
+SAYS = r"""
+    (?: (?: so | thus | hence | therefore | and ) ,? \  )*
+    (?: the\  )? (?: final\  | correct\  )? (?: answer | option | choice ) \b
+"""
+SENTENCE = re.compile(rf"(?<= [.!?$†] ) \s* (?= {SAYS} )", re.I | re.X)
+SLOT = re.compile(rf"""
+    ^ [#*>`\ -]* {SAYS} [*\ ]*+
+    (?: : | is\b :? | \n )           # or a heading, and the answer on the line below it
+    [*\s]*+ (?P<line> \S.* ) $
+  |
+    (?: ^ | (?<! [<>!/] ) (?<! \\not ) (?<! \\not\  ) = | : | \b is | \b are )  # not "2\boxed{5}"
+    [\ $*\\(\[&]* (?P<box> \\boxed .* ) $
+  |
+    <answer> (?P<tag> (?s: .*? ) ) </answer>
+""", re.I | re.M | re.X)
+BOXED = re.compile(r"""
+    \\boxed \s* \{ ( (?: [^{}] | \{ (?: [^{}] | \{ [^{}]* \} )* \} )* ) \}  # three levels of braces
+""", re.X)
+CLOSING = re.compile(r"[\s.$*\\\])}`]*")  # may follow the last slot
+
+
+def visible(reply):
+    """What a reply says when it has thought, or its end; empty if it never stopped thinking."""
+    text = reply.rpartition("</think>")[2]
+    if "<think>" in text:
+        return ""
+    if len(text) > LONGEST_READ:
+        text = "…" + text[-LONGEST_READ:]  # the cut is no start of a line
+    return text
+
+
+def find_slots(text):
+    """-> [(content, rule)] of all slots; empty if something follows the last one."""
+    text = SENTENCE.sub("\n", text)  # "So x = 5. The answer is 5": that sentence gets its own line
+    slots = []
+    end = 0
+    for found in SLOT.finditer(text):
+        rule = found.lastgroup
+        content = BOXED.sub(r" \1 ", found[rule])  # "\boxed{5} cm" says 5 cm
+        slots.append((content, rule))
+        end = found.end()
+    return slots if CLOSING.fullmatch(text[end:]) else []
+
+
+# Spelling
+
+SIGNS = {  # the spelling that is used here: others
+    "-": r"− – —",
+    "*": r"× · ⋅ \times \cdot",
+    "/": r"÷ ⁄ \div",
+    "<=": r"≤ ⩽ \leqslant \leq \le",
+    ">=": r"≥ ⩾ \geqslant \geq \ge",
+    "∪": r"\cup",
+    "∞": r"\infty",
+    "°": r"º ˚ 掳",  # the last one stands in We-Math's file
+    "∠": r"\angle",
+    "θ": r"\theta",
+    "α": r"\alpha",
+    "β": r"\beta",
+    "pi": r"π \pi",
+    "sqrt": r"√",
+}
+LATEX = [  # from the inside out, again and again until nothing changes
+    (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"),
+    (r"\^?\{?\\circ\b\}?|\^\{?°\}?", "°"),
+    (r"(?<![\w.])(\d+) ?\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # 2 1/2
+    (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"(\1/\2)"),
+    (r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)^(1/\1))"),
+    (r"sqrt\s*\{([^{}]*)\}", r"sqrt(\1)"),
+    (r"\^\{([^{}]*)\}", r"^(\1)"),
+]
+MARKUP = [
+    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle", ""),
+    (r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", ""),  # 1{,}200
+    (r"\\\$ ?([\d.,]+)", r"\1 dollar"),
+    (r"([€£¥]) ?([\d.,]+)", r"\2 \1"),
+    (r"\\[,;:! ]|\\q?quad\b|~", " "),
+    (r"\\[()\[\]]|[$`]|\*\*|__", ""),
+]
+THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+NAMES = r"\\(sqrt|sin|cos|tan|log|ln|%|\{|\})"  # as in LaTeX, without the backslash
+
+
+def plain(text):
+    """LaTeX and Unicode to plain text: "$\\frac{9}{4}\\pi$" -> "((9)/(4))pi"."""
+    for pattern, new in MARKUP:
+        text = re.sub(pattern, new, text)
+    for new, others in SIGNS.items():
+        for sign in others.split():
+            text = text.replace(sign, new)
+
+    # NFKC makes full-width letters plain, but 10⁵ would be 105, 3½ 31/2, and x₁ x1.
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda sign: f"^({normal(sign[0])})", text)
+    text = re.sub("([¼-¾⅐-⅞])", r" \1", text)
+    text = re.sub("([₀-₉]+)", r"_\1", text)
+    text = normal(text).replace("⁄", "/")
+
+    for _ in range(6):  # what is nested deeper stays as it is, and equals nothing
+        before = text
+        for pattern, new in LATEX:
+            text = re.sub(pattern, new, text)
+        if text == before:
+            break
+    text = re.sub(NAMES, r"\1", text)
+    text = re.sub(r"\s+", " ", text)
+    if not re.search(r"[(\[{]", text):  # 1,200 is a number, (1,200) is a point
+        text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    return text.rstrip(' .,;:*"†').lstrip(' ,;:*"')
+
+
+def normal(text):
+    return unicodedata.normalize("NFKC", text)
+
+
+# Numbers
+
+TOKEN = re.compile(r"""
+    \d+ \.? \d* | \. \d+ | sqrt | sin | cos | tan | log | ln | pi | [A-Za-zα-ωΑ-Ω] | [-+*/^()]
+""", re.X)
+BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4}  # how strongly a sign holds what stands beside it
+FUNCTIONS = {
+    "sqrt": math.sqrt,
+    "sin": math.sin,
+    "cos": math.cos,
+    "tan": math.tan,
+    "log": math.log10,
+    "ln": math.log,
+}
+LARGEST = 10 ** 15  # in school mathematics numbers stay below; tan(pi/2) is 1.6e16
+LONGEST_VALUE = 100  # characters
+
+
+def read(tokens, binding, point):
+    """Take an expression off the end of `tokens`, which are in reverse order. -> its value
+
+    binding  it ends before a sign that does not bind more strongly: "3*4" of "3*4+5" for 1
+    point    a letter stands for a number, for another one at each point
+    raises   ValueError, ArithmeticError or IndexError if no expression stands there
+    """
+    token = tokens.pop()
+    if token in FUNCTIONS:
+        x = FUNCTIONS[token](read(tokens, BINDS["^"], point))
+    elif token == "(":
+        x = read(tokens, 0, point)
+        if tokens.pop() != ")":
+            raise ValueError("a bracket is open")
+    elif token in "+-":
+        x = read(tokens, BINDS["*"], point)
+        if token == "-":
+            x = -x
+    elif token == "pi":
+        x = math.pi
+    elif token.isalpha():
+        x = Fraction(pow(ord(token), point + 2, 1009) + 1, 211)
+    else:
+        x = Fraction(token)
+
+    while tokens and tokens[-1] != ")":
+        sign = tokens[-1]
+        if sign not in BINDS:  # 2x and 2(x + 1) are products, "2 3" and "x2" are not
+            if sign[0] in ".0123456789":
+                raise ValueError("a number behind another value")
+            sign = "*"
+        if BINDS[sign] <= binding:
+            break
+        if tokens[-1] == sign:
+            tokens.pop()
+        right = read(tokens, 3 if sign == "^" else BINDS[sign], point)  # 2^3^2 is 2^9
+        x = calculate(x, sign, right)
+
+    is_long = isinstance(x, Fraction) and x.denominator > LARGEST ** 20
+    if is_long or abs(x) > LARGEST:
+        raise ValueError("too large")
+    return x
+
+
+def calculate(x, sign, y):
+    if sign == "+":
+        return x + y
+    if sign == "-":
+        return x - y
+    if sign == "*":
+        return x * y
+    if sign == "/":
+        return x / y
+    if abs(y) > 64 or (x < 0 and y != int(y)):
+        raise ValueError("a power that would fill the memory, or has no real value")
+    return x ** y
+
+
+@functools.lru_cache(10_000)
+def values(text):
+    """An expression's values at three points, None if it is not one from end to end.
+
+    Fractions stay exact.  Two expressions with letters that agree at three points are the same.
+    """
+    words = re.sub("sqrt|sin|cos|tan|log|ln|pi", "", text).strip()
+    is_text = re.search("[A-Za-z]{3}", words) or re.fullmatch("[A-Za-z ]{2,}", words)
+    is_range = re.fullmatch(r"[\d.]+ ?- ?[\d.]+", text)  # 0.2 - 0.4
+    tokens = TOKEN.findall(text[:LONGEST_VALUE])
+    if is_text or is_range or "".join(tokens) != text.replace(" ", ""):
+        return None
+
+    found = []
+    for point in range(3):
+        rest = tokens[::-1]
+        try:
+            found.append(read(rest, 0, point))
+        except (ValueError, ArithmeticError, IndexError):
+            return None
+        if rest:
+            return None
+    return found
+
+
+UNITS = {  # the name that is used here: others; they are not converted into each other
+    "mm": "millimeter millimetre",
+    "cm": "centimeter centimetre",
+    "m": "meter metre",
+    "km": "kilometer kilometre",
+    "ft": "foot feet",
+    "in": "inch inche",
+    "mile": "mi",
+    "g": "gram",
+    "kg": "kilogram",
+    "L": "l litre liter",
+    "°": "degree deg",
+    "°C": "",
+    "%": "percent",
+    "dollar": "",
+    "€": "euro",
+    "£": "pound",
+    "¥": "yuan",
+    "s": "sec second",
+    "min": "minute",
+    "h": "hr hour",
+    "year": "",
+    "m/s": "",
+    "km/h": "",
+    "unit": "",
+}
+UNIT = re.compile(r"""
+    (?P<value> .* (?: [\d)] | pi ) ) \ ?
+    (?P<power> square\  | cubic\  )?
+    (?P<name> [A-Za-z°%€£¥/]+ )
+    (?: \^? \(? (?P<exponent> [23] ) \)? )?
+""", re.X)
+Number = namedtuple("Number", "values unit decimals")
+
+
+def unit_name(name):
+    for unit, others in UNITS.items():
+        if name in (unit, unit + "s") or name.removesuffix("s") in others.split():
+            return unit
+    return None
+
+
+def number(text):
+    """"3.50 cm^2" -> Number([7/2, 7/2, 7/2], "cm2", 2); None if it is none."""
+    unit = ""
+    found = UNIT.fullmatch(text)
+    if found and unit_name(found["name"]):
+        text = found["value"]
+        exponent = {"square ": "2", "cubic ": "3", None: found["exponent"]}[found["power"]]
+        unit = unit_name(found["name"]) + (exponent or "")
+    if values(text) is None:
+        return None
+    decimal = re.fullmatch(r"[-+]?\d*\.(\d+)", text)
+    return Number(values(text), unit, len(decimal[1]) if decimal else None)
+
+
+# Equality
+
+NAME = re.compile(r"""
+    (?: (?: m?∠ | angle ) \ ? )? (?: [A-Za-zα-ω] | [A-Z]{2,4} ) (?: _?\d )? (?: \ ?\([a-z]\) )?  # x, AB, ∠A, f(x)
+""", re.X)
+BRACKETS = re.compile(r"([(\[{])(.*,.*)([)\]}])")
+OPTION = re.compile(r"(?:option |choice )?\(?([A-J])\)?(?:$|[.:,) ]+(.*))", re.I)
+
+
+def close(x, y):
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x == y
+    return math.isclose(x, y, rel_tol=1e-9)
+
+
+def same_number(found, gold, is_rounded):
+    """Equal, or one is the other rounded, to three digits at least.
+
+    is_rounded  the gold is a rounded value, however few its digits, and has to be reached:
+                3.14159 is 3.14, but 3.1 is not
+    """
+    if found.unit and gold.unit and found.unit != gold.unit:
+        return False  # a unit that only one of them has does not matter
+    for exact, short in ((found, gold), (gold, found)):
+        if short.decimals is None:
+            continue
+        if exact.decimals is not None and exact.decimals <= short.decimals:
+            continue
+        has_three_digits = abs(exact.values[0]) >= 10 ** (2 - short.decimals)
+        if short is gold if is_rounded else has_three_digits:
+            half = Fraction(1, 2 * 10 ** short.decimals)
+            return all(abs(x - y) <= half for x, y in zip(exact.values, short.values))
+    return all(close(x, y) for x, y in zip(found.values, gold.values))
+
+
+def relation(text):
+    """"x > 5" -> ("<", values of 5 - x); None if it is no equation and no inequality."""
+    parts = re.split("(<=|>=|[<>=])", text)
+    if len(parts) != 3:
+        return None
+    left, sign, right = parts
+    if ">" in sign:
+        left, right = right, left
+    if values(left.strip()) is None or values(right.strip()) is None:
+        return None
+    pairs = zip(values(left.strip()), values(right.strip()))
+    return sign.replace(">", "<"), [x - y for x, y in pairs]
+
+
+def same_relation(found, gold):
+    """2x < 6 is x < 3: one ratio at all points, and a positive one where order counts."""
+    sign, some = found
+    gold_sign, others = gold
+    if sign != gold_sign or 0 in some or 0 in others:
+        return False
+    ratio = some[0] / others[0]
+    if sign != "=" and ratio < 0:
+        return False
+    return all(close(x, ratio * y) for x, y in zip(some, others))
+
+
+def split_list(text):
+    """"(1, 2), 3" -> ["(1, 2)", "3"]: at the commas outside of brackets."""
+    parts = [""]
+    depth = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+        if depth < 0:
+            return [text]
+    return [part.strip() for part in parts]
+
+
+def unlabel(text):
+    """"AB = 5" -> ("ab", "5"), "P(4, 0)" -> ("p", "(4, 0)"), "5" -> ("", "5")"""
+    text = re.sub(r"^([^=]*)= ?([a-z])$", r"\2=\1", text)  # 5 = x
+    text = re.sub(r"^([A-Z]) ?(\(.*,.*\))$", r"\1=\2", text)
+    label, sign, rest = text.partition("=")
+    return (label.strip(), rest.strip()) if sign else ("", text)
+
+
+def squeeze(text):
+    """Without what makes no difference: spaces in a formula, capitals in words."""
+    if re.search(r"[\d+*/^=<>()]", text):
+        return re.sub(r"(?<!\d) | (?!\d)", "", text)
+    return text.lower() if len(text) > 1 else text
+
+
+def same(found, gold, is_rounded=False):
+    """Whether two answers in plain spelling are equal: as texts, lists, numbers or relations."""
+    if found and squeeze(found) == squeeze(gold):
+        return True
+    if len(found) > LONGEST_VALUE or len(gold) > LONGEST_VALUE:
+        return False
+
+    parts = split_list(found)
+    gold_parts = split_list(gold)
+    if len(parts) > 1 or len(gold_parts) > 1:
+        if len(parts) != len(gold_parts):
+            return False
+        return all(same(x, y, is_rounded) for x, y in zip(parts, gold_parts))
+
+    label, x = unlabel(found)
+    gold_label, y = unlabel(gold)
+    is_name = NAME.fullmatch(label) and not gold_label  # "half = 5" is not 5, x = 5 is
+    if not label or is_name or label.lower() == gold_label.lower():
+        if x and squeeze(x) == squeeze(y):
+            return True
+        brackets = BRACKETS.fullmatch(x)
+        gold_brackets = BRACKETS.fullmatch(y)
+        if brackets and gold_brackets and brackets.group(1, 3) == gold_brackets.group(1, 3):
+            return same(brackets[2], gold_brackets[2], is_rounded)
+        if number(x) and number(y):
+            return same_number(number(x), number(y), is_rounded)
+
+    if relation(found) and relation(gold):
+        return same_relation(relation(found), relation(gold))
+    return False
+
+
+def option_named(text, options, is_text):
+    """Index of the option that an answer names, by letter, text or both if they agree; or None.
+
+    is_text  an option's text counts before a letter: some options are themselves letters
+    """
+    by_text = [k for k, option in enumerate(options) if option == text]
+    if not by_text:
+        by_text = [k for k, option in enumerate(options) if same(text, option)]
+    if is_text and len(by_text) == 1:
+        return by_text[0]
+
+    lettered = OPTION.fullmatch(text)
+    if lettered:
+        k = "ABCDEFGHIJ".index(lettered[1].upper())
+        rest = lettered[2]
+        if not rest and (k < len(options) or not options):
+            return k
+        if rest and k < len(options):
+            if same(rest, options[k]) or same(rest.strip("()"), options[k]):
+                return k
+    return by_text[0] if len(by_text) == 1 else None
+
+
+# The verdict
+
+def is_right(text, gold, kind, options):
+    if kind not in ("choice", "choice_text"):
+        return same(text, gold, is_rounded=kind == "float")
+    is_text = kind == "choice_text"
+    right = option_named(gold, options, is_text)
+    if right is None and not OPTION.fullmatch(gold):  # a choice without options to choose from
+        return same(text, gold)
+    return right is not None and option_named(text, options, is_text) == right
+
+
+def score_answer(reply, answer, kind, choices=None):
+    """Mark one reply. -> Score(match, extracted, rule)
+
+    answer  the right one: a letter for "choice", one of choices for "choice_text", else a value
+            or a text
+    A reply without an answer has extracted None: it is wrong, and counted as unparsed besides.
+    """
+    golds = {plain(line) for line in answer.split("\n")}  # some shipped ones are there twice
+    gold = golds.pop()
+    options = [plain(choice) for choice in choices or []]
+
+    text = visible(reply)
+    slots = find_slots(text)
+    if not slots and len(text) < LONGEST_BARE and "\n" not in text.strip():
+        bare = plain(text)
+        is_option = option_named(bare, options, kind == "choice_text") is not None
+        if is_option or number(bare) or is_right(bare, gold, kind, options):
+            slots = [(text, "bare")]
+    if not slots:
+        return Score(False, None, "no slot")
+
+    # Two different golds, "C\nD": no reply can be both, so all are wrong.
+    marks = []
+    for content, _ in slots:
+        marks.append(not golds and is_right(plain(content), gold, kind, options))
+    if any(marks) and not all(marks):
+        return Score(False, None, "two answers")
+    content, rule = slots[-1]
+    return Score(all(marks), plain(content), rule)
+
 
 if __name__ == "__main__":
     main()
