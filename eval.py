@@ -1,26 +1,35 @@
-"""Accuracy by problem version, the gap between reading a problem and seeing it, and three public benchmarks.
+"""Marks replies: accuracy by version of a problem, and the gap between reading it and seeing it.
 
-    python eval.py out/stage1 out/stage2 out/stage3   # table, out/accuracy.png, eval.json in each folder
-    python eval.py out/stage2 --show 0                # a test problem, its six versions: prompt, reply, mark
-    python eval.py out/stage3 --benchmark mathvista --data testmini.json --images FOLDER
-    python eval.py --benchmark wemath --data testmini.json --replies replies.jsonl   # marks only, no model
+    python eval.py out/stage1 out/stage2         # table, out/accuracy.png, eval.json in each folder
+    python eval.py out/stage2 --show 0           # a test problem: prompts, replies, marks, rules
+    python eval.py out/stage3 --ask "Find angle EGH." --picture mine.png
+    python eval.py out/stage3 --data mathvista --max_new_tokens 1024   # other rows
+    python eval.py --replies replies.jsonl --data mathvista            # of any model: marks only
 
-Replies are decoded greedily and marked by `score_answer`: fixed rules, no judge, the same mark every time.
-In this order: the problems, the replies, the reports, the scorer.
+It knows rows, not benchmarks: --data names a folder with test.jsonl and the pictures beside it.
+data_gen.py makes one, convert/benchmarks.py makes others from MathVerse, MathVista and We-Math.
+
+In this order:
+    flags
+    rows                  a problem a line: what is asked, and the right answer
+    replies               decoded greedily, and kept: a killed run goes on
+    table and pictures    counts, intervals, accuracy.png; loss.png at the end of each stage
+    --ask and --show      any question; one test problem
+    main
+    the scorer            where the answer stands in a reply, and whether it is the right one
 """
 import argparse
 import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import sys
-import time
 import unicodedata
 from collections import namedtuple
 from fractions import Fraction
-from string import ascii_uppercase
 
 import torch
 import torch.nn.functional as F
@@ -28,255 +37,374 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data_gen import LADDER, make_problem, view
-from model import (IGNORE, WEIGHTS, JsonLines, check_rows, file_hashes, find_model, is_main_process, load_vlm, make_batches,
-                   read_json)
+from model import (IGNORE, BadPicture, JsonLines, check_rows, file_hashes, find_model,
+                   is_main_process, load_vlm, make_batches, read_json, write_json)
 
 IMAGE_VERSIONS = [version for version, (_, picture) in LADDER.items() if picture]
+KINDS = ("choice", "choice_text", "integer", "float", "list", "free")  # of answers
 RULE_BASED = "rule-based: not comparable with judge-based papers"
 
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("models", nargs="*", help="model folders, or run folders with step-N checkpoints in them")
-    add("--benchmark", default="builtin", choices=["builtin", *BENCHMARKS], help="whose problems")
-    add("--data", nargs="+", default=["data"],
-        help="folder of data_gen.py; for a public benchmark its testmini.json (MathVerse: one file or both)")
-    add("--images", help="folder where a public benchmark's picture names start (default: that of --data)")
-    add("--replies", metavar="FILE", help="mark these replies, JSONL of id and reply, instead of a model's")
-    add("--out", help="folder for the marks of --replies (default: its name without .jsonl)")
-    add("--limit", type=int, default=None, help="use only the first so many test problems")
+    add("models", nargs="*", help="model folders, or run folders with checkpoints")
+    add("--data", default="data", help="folder with test.jsonl and pictures")
+    add("--replies", help="mark these instead: id, reply")
+    add("--ask", metavar="QUESTION", help="print the reply to this question")
+    add("--picture", help="goes with the question")
+    add("--show", type=int, help="print this problem's replies")
+    add("--limit", type=int, help="the first so many rows only")
     add("--batch_size", type=int, default=100, help="prompts decoded at once")
-    add("--max_new_tokens", type=int, default=64,
-        help="cut a reply here (the longest built-in solution has about 55; give a real model 1024)")
-    add("--chart", help="bar chart by version to write (default: out/accuracy.png)")
-    add("--show", type=int, default=None, metavar="I", help="print the replies to test problem I")
+    add("--max_new_tokens", type=int, default=64,  # the longest built-in solution has 55
+        help="longest reply (real models: 1024)")
     args = parser.parse_args(argv)
+
     if bool(args.models) == bool(args.replies):
-        parser.error("name model folders (before the flags) or --replies FILE")
+        parser.error("name model folders, or --replies")
+    if args.replies and (args.ask or args.show is not None):
+        parser.error("--ask and --show go with a model")
+    if args.picture and not args.ask:
+        parser.error("--picture goes with --ask")
+    for flag in ("show", "limit", "batch_size", "max_new_tokens"):
+        value = getattr(args, flag)
+        lowest = 0 if flag == "show" else 1
+        if value is not None and value < lowest:
+            parser.error(f"--{flag} {value}: give {lowest} or more")
     return args
-KINDS = ("choice", "choice_text", "integer", "float", "list", "free")
 
-# ------------------------------------------------------------------------------------------------------------
-# The problems.  Every benchmark becomes a list of rows like those of data_gen.py: id, image_url, instruction,
-# answer, kind, choices, version where there is one, and groups: lines of the report that the row counts in.
-# ------------------------------------------------------------------------------------------------------------
-def options_in(text):
-    """"A. 3, 5;B. 0.5" or "A:40°\\nB:60°" -> the options; None unless the letters run A, B, C, ..."""
-    _, *found = re.split(r"(?:^|[;；\n])\s*([A-J])\s*[.:．：]", text)
-    ordered = found and ascii_uppercase.startswith("".join(found[::2]))
-    return [option.strip().rstrip(" ;.") for option in found[1::2]] if ordered else None
 
-def mathverse(row):
-    """arXiv 2403.14624. Versions get the names of our ladder; what is text only is counted apart."""
-    version, meta = row["problem_version"].lower().replace(" ", "_"), row["metadata"]
-    LADDER[version]  # a KeyError for another one
-    asked = row.get("question_for_eval") or row["question"]  # vision_only: ""
-    place = ("text only, " if version == "text_only" else "") + "{}: " + meta["subject"]
-    return dict(id=row["sample_index"], image_url=row["image"], instruction=row["query_cot"], version=version,
-                kind={"multi-choice": "choice", "free-form": "free"}[row["question_type"]],
-                answer=row["answer"], choices=options_in(asked.partition("Choices:")[2]),
-                groups=[place.format("subject"), f"{place.format('subfield')}, {meta['subfield']}"])
+# --------------------------------------------------------------------------------------------------
+# Rows: id, image_url (may be empty), instruction, answer, kind; where they apply: choices, a
+# version (one of the ladder's six), groups (names of lines of the report that the row counts in)
 
-HINTS = {"choice_text": "option letter, e.g., A, B, C, D", "integer": "integer, e.g., 1, 2, 3",
-         "float": "number with {precision} decimal place(s)", "list": "list, e.g., [1, 2]", "free": "answer"}
+def rows_by_id(path, fields):
+    """{id: row} of a JSONL file. Exits with file:line when a field is missing or an id repeated."""
+    if not os.path.isfile(path):
+        sys.exit(f"{path} does not exist: run `python data_gen.py` or name another file")
+    rows = JsonLines([path])
+    check_rows(rows, fields)  # pictures, too: each is a file in the folder of the rows
+    by_id = {}
+    for row in rows:
+        if row["id"] in by_id:
+            sys.exit(f"{row['where']}: the id {row['id']!r} a second time")
+        by_id[row["id"]] = row
+    return by_id
 
-def mathvista(row):
-    """arXiv 2310.02255. The prompt shows the options; the released Math-PUMA code withholds them."""
-    options, meta = row["choices"] or [], row["metadata"]
-    unit = f" (Unit: {row['unit']})" if row["unit"] else ""
-    kind = "choice_text" if options else row["answer_type"].replace("text", "free")
-    words = [row["question"] + unit, *(f"({c}) {option}" for c, option in zip(ascii_uppercase, options)),
-             f"Please give the final {HINTS[kind].format(**row)}, at the end."]
-    if options and row["answer"] not in options:
-        raise ValueError("the answer is not one of the choices")
-    return dict(id=row["pid"], image_url=row["image"], instruction="\n".join(words), kind=kind,
-                choices=options, answer=row["answer"],
-                groups=["ALL", f"question type: {row['question_type']}", f"task: {meta['task']}",
-                        *(f"skill: {skill}" for skill in meta["skills"])])
 
-def wemath(row):
-    """arXiv 2407.01284. Steps and composite ("multi") of one ID, "2steps_7" or "3stpes_7", are a group."""
-    steps, key = row["ID"][0], row["key"]
-    if not re.fullmatch(rf"[23].*/{steps}steps_(?:[1-{steps}]|multi)", id := f"{row['ID']}/{key}"):
-        raise ValueError(f"no step has the name {id}")
-    return dict(id=id, image_url=row["image_path"], instruction=f"{row['question']}\n{row['option']}",
-                kind="choice", answer=row["answer"], choices=options_in(row["option"]),
-                groups=[f"S{steps if key.endswith('multi') else 1}"])
+def load_problems(folder):
+    """{id: row} of folder/test.jsonl"""
+    path = os.path.join(folder, "test.jsonl")
+    problems = rows_by_id(path, ("id", "image_url", "instruction", "answer", "kind"))
+    for row in problems.values():
+        wrong = what_is_wrong(row)
+        if wrong:
+            sys.exit(f"{row['where']}: {wrong}")
+    return problems
 
-BENCHMARKS = {"mathverse": mathverse, "mathvista": mathvista, "wemath": wemath}
-NOTES = {"mathvista": "; the prompts show the choices, the released Math-PUMA code withholds them",
-         "wemath": "; only groups with all their steps count"}
 
-def load_items(args):
-    """The problems in order of id, and the folder of their pictures. Exits with file and row at a bad row."""
-    if args.benchmark == "builtin":
-        fields = ("image_url", "instruction", "answer", "kind", "version", "id")
-        path = os.path.join(args.data[0], "test.jsonl")
-        if not os.path.isfile(path):
-            sys.exit(f"{path} does not exist: run `python data_gen.py` first, or name the right --data")
-        rows = JsonLines([path])
-        check_rows(rows, fields)
-        return list(rows), args.data[0]
-    items, help = {}, f"name the testmini.json of {args.benchmark} with --data"
-    for path in args.data:
-        try:
-            with open(path, encoding="utf-8-sig") as f:
-                rows = json.load(f)
-            rows = list(rows.values() if isinstance(rows, dict) else rows)  # MathVista: {pid: row}
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            sys.exit(f"{path}: {error}: {help}")
-        for number, row in enumerate(rows, 1):
-            try:
-                item = BENCHMARKS[args.benchmark](row)
-                for field in ("id", "instruction", "answer", "image_url"):
-                    optional = field == "image_url" and item.get("version") == "text_only"
-                    if not isinstance(item[field], str) or not (item[field] or optional):
-                        raise ValueError(f"no {field}")
-            except (LookupError, ValueError, TypeError, AttributeError) as error:
-                sys.exit(f"{path}: row {number} is malformed ({error!r}): {help}")
-            if len(args.data) > 1 and item.get("version") == "text_only":
-                item["id"] = f"text_only/{item['id']}"  # both files of MathVerse count from 1
-            if item["id"] in items:
-                sys.exit(f"{path}: row {number}: id {item['id']!r} is there twice: {help}")
-            items[item["id"]] = item
-    if not items:
-        sys.exit(f"{args.data[0]} has no rows: {help}")
-    order = lambda id: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", id)]  # 9, 10
-    return [items[id] for id in sorted(items, key=order)], args.images or os.path.dirname(args.data[0])
+def what_is_wrong(row):
+    """Why a row cannot be marked or counted; None if it can."""
+    if row["kind"] not in KINDS:
+        return f"kind {row['kind']!r} is not one of {', '.join(KINDS)}"
+    if not row["answer"].strip():
+        return "field 'answer' is empty"
+    if row["kind"] == "choice_text" and row["answer"] not in (row.get("choices") or []):
+        return "the answer is none of the choices"
+    if row.get("version", "text_only") not in LADDER:
+        return f"version {row['version']!r} is not one of {', '.join(LADDER)}"
+    return None
 
-def picture_bytes(items, root):
-    """Size of all pictures together. Exits when one is missing or its name leads out of root."""
-    total = 0
-    for item in items:
-        name, path = item["image_url"], os.path.join(root, item["image_url"])
-        if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
-            sys.exit(f"{item['id']}: picture {name!r} lies outside of {root!r}: correct the name")
-        if name and not os.path.isfile(path):
-            sys.exit(f"{item['id']}: picture {path} does not exist: name their folder with --images")
-        total += os.path.getsize(path) if name else 0
-    return total
 
-# ------------------------------------------------------------------------------------------------------------
-# The replies.  replies.jsonl: a header, then a row for each problem.  While a model is at work it grows by a
-# batch at a time, so a killed run loses one batch; at the end it is written anew, with marks, in order of id.
-# ------------------------------------------------------------------------------------------------------------
-def read_replies(path, own=False):
-    """JSONL of id and reply -> (header or {}, {id: reply}). own: ours, its last line may be torn."""
-    header, replies = {}, {}
-    try:
-        with open(path, "rb") as f:  # bytes: text mode would also break lines at U+2028
-            lines = f.readlines()
-    except OSError as error:
-        return ({}, {}) if own else sys.exit(f"{path}: {error}: name the file of replies with --replies")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-            if number == 1 and "benchmark" in row:
-                header = row
-            elif not isinstance(row["id"], str) or not isinstance(row["reply"], str) or row["id"] in replies:
-                raise ValueError("id and reply have to be strings, and no id may come twice")
-            else:
-                replies[row["id"]] = row["reply"]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            if not own or line.endswith(b"\n"):
-                sys.exit(f'{path}:{number}: {error!r}: write {{"id": "...", "reply": "..."}}')
-    return header, replies if replies or own else sys.exit(f"{path} holds no replies")
+def is_builtin(folder):
+    return os.path.exists(os.path.join(folder, "manifest.json"))  # data_gen.py's
 
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
-def write_jsonl(path, rows):
-    """All or nothing: under another name first."""
-    with open(f"{path}.part", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(f"{path}.part", path)
+# --------------------------------------------------------------------------------------------------
+# Replies
 
-def generate_replies(vlm, tokenizer, items, root, args):
-    """Greedy replies -> lists of (item, reply), a batch each."""
-    device, stop, pad = next(vlm.parameters()).device, tokenizer.eos_token_id, tokenizer.pad_token_id
-    tokens, begun = 0, time.time()
-    # Alike lengths share a batch, the longest come first: if memory does not suffice, it shows at once.
-    items = sorted(items, key=lambda item: (not item["image_url"], -len(item["instruction"])))
-    with tqdm(total=len(items), desc="replies", disable=not sys.stderr.isatty()) as bar:
-        for part in (items[k:k + args.batch_size] for k in range(0, len(items), args.batch_size)):
-            # No max_length: positions are rotary, no prompt is too long to be read
-            rows = [{"folder": root, "where": f"row {item['id']}"} | item for item in part]
-            try:
-                [batch], _ = make_batches(tokenizer, vlm.config, rows, answer=False)
-            except ValueError as error:
-                sys.exit(str(error))
-            # float32 on a CPU: the same reply in any batch.  bfloat16 on a GPU: the last bits depend on the
-            # batch, and now and then a token does.
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                out = vlm.generate(batch.to(device), args.max_new_tokens, stop, pad).tolist()
-            out = [ids[:ids.index(stop)] if stop in ids else ids for ids in out]
-            tokens += sum(map(len, out))
-            bar.set_postfix_str(f"{tokens / (time.time() - begun):,.0f} tokens/s", refresh=False)
-            bar.update(len(part))
-            yield [(item, tokenizer.decode(ids)) for item, ids in zip(part, out)]
+END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_utterance>")
+MODEL_FILES = r"(model|projector).*\.safetensors|vlm\.json|tokenizer.*|.*\.jinja"
 
-def model_replies(folder, path, header, items, root, args):
-    """{id: reply}; decoded where path does not hold one of the same model, data and flags yet."""
-    vlm, tokenizer = load_vlm(folder, header["device"])
-    header |= {"model_sha256": file_hashes(find_model(folder), WEIGHTS)}
-    old, replies = read_replies(path, own=True)
-    differ = [key for key in header if key != "scorer" and old.get(key) != header[key]]  # marks are made anew
-    if differ and os.path.exists(path):
-        os.replace(path, path + ".old")
-        print(f"{path} has another {', '.join(differ)}: decoding anew, the old file is now {path}.old")
-        replies = {}
-    write_jsonl(path, [header, *({"id": id, "reply": reply} for id, reply in replies.items())])
-    todo = [item for item in items if item["id"] not in replies]
-    with open(path, "a", encoding="utf-8") as f:
-        for batch in generate_replies(vlm, tokenizer, todo, root, args) if todo else ():
-            new = {item["id"]: reply for item, reply in batch}
-            f.writelines(json.dumps({"id": id, "reply": new[id]}, ensure_ascii=False) + "\n" for id in new)
-            f.flush()
-            replies |= new
+
+def replies_of_file(path, problems):
+    """{id: reply} of any model. What stands behind an end mark is no part of a reply."""
+    replies = {}
+    for id, row in rows_by_id(path, ("id", "reply")).items():
+        if id not in problems:
+            sys.exit(f"{row['where']}: --data has no problem with the id {id!r}")
+        reply = row["reply"]
+        for end in END_MARKS:
+            reply = reply.partition(end)[0]
+        replies[id] = reply
     return replies
 
-def folder_of(name, args):
-    """Where eval.json and replies.jsonl go."""
-    if args.replies:
-        return args.out or os.path.splitext(name)[0] + "_marked"
-    return name if args.benchmark == "builtin" else os.path.join(name, args.benchmark)
 
-def evaluate(name, items, root, args):
-    """Replies of a model folder, or of a file, marked. -> eval.json's dict, written beside replies.jsonl"""
-    begun, builtin, some = time.time(), args.benchmark == "builtin", items[:args.limit]
-    folder, data = folder_of(name, args), [os.path.join(root, "test.jsonl")] if builtin else args.data
-    path = os.path.join(folder, "replies.jsonl")
-    header = {"benchmark": args.benchmark, "note": RULE_BASED, "scorer": sha256(__file__)[:12],
-              "data_sha256": [sha256(file) for file in data]}
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def replies_of_model(folder, problems, wanted, args):
+    """{id: reply}, decoded where the folder does not hold them yet.
+
+    They are kept in decoded-KEY.jsonl, a line each, so a killed run goes on.  KEY stands for all
+    that decides a reply: another model, picture or flag has another file, and no reply is lost.
+    """
+    files = sorted(file_hashes(find_model(folder), MODEL_FILES).items())
+    digest = hashlib.sha256(f"{files} {best_device()} {args.max_new_tokens}".encode())
+    for row in problems.values():
+        digest.update(row["instruction"].encode())
+        if row["image_url"]:
+            with open(os.path.join(row["folder"], row["image_url"]), "rb") as f:
+                digest.update(f.read())
+    path = os.path.join(folder, f"decoded-{digest.hexdigest()[:8]}.jsonl")
+
+    with open(path, "ab+") as f:
+        f.seek(0)
+        text = f.read()
+        end = text.rfind(b"\n") + 1
+        f.truncate(end)  # a kill may have left half a line
+        replies = dict(json.loads(line) for line in text[:end].splitlines())
+        missing = [row for row in wanted if row["id"] not in replies]
+        if missing:
+            vlm, tokenizer = load_vlm(folder, best_device())
+            for row, reply in generate_replies(vlm, tokenizer, missing, args):
+                replies[row["id"]] = reply
+                f.write(json.dumps([row["id"], reply]).encode() + b"\n")
+                f.flush()
+    return replies
+
+
+def generate_replies(vlm, tokenizer, rows, args):
+    """Greedy replies -> yields (row, reply)"""
+    device = next(vlm.parameters()).device
+    # Rows alike in length share a batch, the longest come first: if memory does not suffice, it
+    # shows at once.
+    rows = sorted(rows, key=lambda row: (row["image_url"] == "", -len(row["instruction"])))
+    for start in tqdm(range(0, len(rows), args.batch_size), desc="replies", disable=None):
+        some = rows[start:start + args.batch_size]
+        try:  # no max_length: no prompt is too long to be read
+            [batch], _ = make_batches(tokenizer, vlm.config, some, answer=False)
+        except BadPicture as error:
+            sys.exit(str(error))
+        # float32 on a CPU: the same reply in any batch.  bfloat16 on a GPU: the last bits depend on
+        # the batch, and now and then a token does.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = vlm.generate(batch.to(device), args.max_new_tokens, tokenizer.eos_token_id,
+                                  tokenizer.pad_token_id)
+        yield from zip(some, tokenizer.batch_decode(output, skip_special_tokens=True))
+
+
+def mark(row, reply):
+    return score_answer(reply, row["answer"], row["kind"], row.get("choices"))
+
+
+def evaluate(name, problems, args):
+    """Mark the replies of a model folder, or of a file. -> the dict of eval.json"""
+    rows = list(problems.values())[:args.limit]
     if args.replies:
-        _, replies = read_replies(name)
-        if unknown := replies.keys() - {item["id"] for item in items}:
-            sys.exit(f"{name}: no id {min(unknown)!r} in {' '.join(args.data)}: name the right --data")
-        if os.path.exists(path) and os.path.samefile(path, name):
-            sys.exit(f"the marks would overwrite {name}: name another folder with --out")
-        os.makedirs(folder, exist_ok=True)
+        replies = replies_of_file(name, problems)
     else:
-        header |= {"picture_bytes": picture_bytes(items, root), "max_new_tokens": args.max_new_tokens,
-                   "device": "cuda" if torch.cuda.is_available() else "cpu"}
-        os.makedirs(folder, exist_ok=True)
-        replies = model_replies(name, path, header, some, root, args)
-    if absent := [item["id"] for item in some if item["id"] not in replies]:
-        print(f"{len(absent)} of {len(some)} ids have no reply, {absent[0]!r} first: counted as wrong")
-    mark = lambda i: score_answer(replies.get(i["id"], ""), i["answer"], i["kind"], i["choices"])
-    scores = {item["id"]: mark(item) for item in items}
-    write_jsonl(path, [header, *(
-        {"id": i["id"], "prompt": i["instruction"], "reply": replies[i["id"]], **scores[i["id"]]._asdict()}
-        for i in items if i["id"] in replies)])  # beyond --limit too: nothing that was decoded gets lost
-    result = {"benchmark": args.benchmark, **report(args.benchmark, some, scores),
-              "seconds": time.time() - begun}
-    with open(os.path.join(folder, "eval.json"), "w") as f:
-        json.dump(result, f, indent=1)
+        replies = replies_of_model(name, problems, rows, args)
+    absent = [row["id"] for row in rows if row["id"] not in replies]
+    if absent:
+        print(f"{len(absent)} of {len(rows)} rows have no reply, {absent[0]!r} first: all wrong")
+
+    folder = result_folder(name, args)
+    os.makedirs(folder, exist_ok=True)
+    scores = {}
+    with open(os.path.join(folder, "replies.jsonl"), "w", encoding="utf-8") as f:
+        for row in rows:
+            reply = replies.get(row["id"], "")
+            score = mark(row, reply)
+            scores[row["id"]] = score
+            line = {"id": row["id"], "prompt": row["instruction"], "reply": reply}
+            f.write(json.dumps(line | score._asdict(), ensure_ascii=False) + "\n")
+    result = report(rows, scores)
+    result["missing"] = len(absent)
+    write_json(result, folder, "eval.json")
     return result
 
-# ------------------------------------------------------------------------------------------------------------
-# The reports
-# ------------------------------------------------------------------------------------------------------------
+
+def result_folder(name, args):
+    """Where replies.jsonl and eval.json go: some rows never take the place of all."""
+    folder = name
+    if args.replies:
+        folder = os.path.splitext(name)[0] + "_marked"
+    elif not is_builtin(args.data):
+        folder = os.path.join(name, os.path.basename(os.path.abspath(args.data)))
+    if args.limit:
+        folder = os.path.join(folder, f"limit-{args.limit}")
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# Table and pictures
+
+def count(rows, scores):
+    marks = [scores[row["id"]] for row in rows]
+    return {
+        "correct": sum(score.match for score in marks),
+        "n": len(marks),
+        "unparsed": sum(score.extracted is None for score in marks),
+    }
+
+
+def share(counted):
+    return counted["correct"] / max(1, counted["n"])
+
+
+def interval(counted):
+    """95 % Wilson score interval as (low, high). Not +-2 standard errors: they are 0 at 0 right."""
+    p = share(counted)
+    z2 = 1.96 ** 2 / max(1, counted["n"])
+    middle = p + z2 / 2
+    half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
+    return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
+
+
+def report(rows, scores):
+    """What is counted, from {id: Score}: by version, with the gap between them, and by group."""
+    versions = {}
+    for version in LADDER:
+        some = [row for row in rows if row.get("version") == version]
+        if some:
+            versions[version] = count(some, scores)
+    groups = {} if versions else {"all rows": rows}
+    for row in rows:
+        for name in row.get("groups") or []:
+            groups.setdefault(name, []).append(row)
+
+    shares = [share(versions[version]) for version in IMAGE_VERSIONS if version in versions]
+    result = {
+        "versions": versions,
+        "all": sum(shares) / len(shares) if shares else None,
+        "gap": None,
+        "relative_gap": None,
+        "groups": {name: count(groups[name], scores) for name in sorted(groups)},
+        "unparsed": count(rows, scores)["unparsed"],
+    }
+    if "text_dominant" in versions and "vision_only" in versions:
+        top = share(versions["text_dominant"])
+        result["gap"] = top - share(versions["vision_only"])
+        result["relative_gap"] = result["gap"] / top if top else None
+    return result
+
+
+def percent(x):
+    return "-" if x is None else f"{100 * x:.1f}"
+
+
+def cell(counted):
+    low, high = interval(counted)
+    return f"{percent(share(counted))} [{percent(low):>4s}, {percent(high):>5s}]"
+
+
+def table(results):
+    """{model: dict of eval.json} -> text, a column for each model"""
+    columns = []
+    for name, result in results.items():
+        lines = {"": name}
+        versions = result["versions"]
+        for version in versions:
+            lines[version] = cell(versions[version])
+        if versions:
+            lines["ALL (with picture)"] = percent(result["all"])
+            lines["gap TD - VO"] = percent(result["gap"])
+            lines["relative gap, %"] = percent(result["relative_gap"])
+        for group, counted in result["groups"].items():
+            lines[f"{group} (n={counted['n']})"] = cell(counted)
+        lines["unparsed"] = str(result["unparsed"])
+        columns.append(lines)
+
+    n = max([counted["n"] for counted in versions.values()], default=0)
+    problems = f", {n} problems a version" if n else ""
+    rows = [f"accuracy in %{problems} [95 % interval]"]
+    side = max(len(label) for label in columns[0])
+    width = max([22, *(len(name) + 2 for name in results)])
+    for label in columns[0]:
+        cells = [f"{lines[label]:>{width}s}" for lines in columns]
+        rows.append(f"{label:{side}s}" + "".join(cells))
+    return "\n".join(rows)
+
+
+SHADES = ("#1f3d63", "#c58b3d", "#5b84b1", "#7a9a5a", "#8a5a83", "#b8c4d6")
+LEFT, RIGHT, TOP, BOTTOM = 70, 790, 100, 380  # of the plane of a chart, in pixels
+
+
+def level(height):
+    return BOTTOM + (TOP - BOTTOM) * height  # from 0, below, to 1
+
+
+def new_chart(title, names, ticks):
+    """A white picture with title, legend and lines at {label: height}. -> it, what draws on it"""
+    image = Image.new("RGB", (RIGHT + 30, BOTTOM + 60), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((20, 12), title, "black", ImageFont.load_default(18))
+    draw.font = ImageFont.load_default(14)
+    x = 20
+    for name, shade in zip(names, SHADES):
+        draw.rectangle([x, 50, x + 14, 64], shade)
+        draw.text((x + 20, 48), name, "black")
+        x += 50 + draw.textlength(name)
+    for label, height in ticks.items():
+        draw.line([LEFT, level(height), RIGHT, level(height)], "#dddddd")
+        draw.text((LEFT - 8, level(height)), label, "black", anchor="rm")
+    return image, draw
+
+
+def draw_accuracy(results, path):
+    """Bars by version, a shade for each of up to six models, lines: 95 % intervals."""
+    ticks = {f"{percents} %": percents / 100 for percents in range(0, 101, 20)}
+    image, draw = new_chart("Accuracy by version, with 95 % intervals", results, ticks)
+    bar = 90 // len(results)
+    left = LEFT + 15
+    for version in results[min(results)]["versions"]:
+        x = left
+        for result, shade in zip(results.values(), SHADES):
+            counted = result["versions"][version]
+            low, high = interval(counted)
+            draw.rectangle([x, level(share(counted)), x + bar - 3, BOTTOM], shade)
+            draw.line([x + bar / 2 - 1, level(low), x + bar / 2 - 1, level(high)], "black")
+            x += bar
+        words = f"{version}\nn = {counted['n']}"
+        draw.text((left + 45, BOTTOM + 10), words, "black", anchor="ma", align="center")
+        left += 120
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    image.save(path)
+
+
+def draw_losses(out):
+    """out/loss.png of out/metrics.jsonl. A step that stands there twice: the last line counts."""
+    path = os.path.join(out, "metrics.jsonl")
+    if not os.path.exists(path):  # no step was made
+        return
+    by_step = {row["step"]: row for row in JsonLines([path])}
+    steps = sorted(by_step)
+    names = [name for name in ("loss", "kl_ts", "kl_st", "ce") if name in by_step[steps[-1]]]
+    # One logarithmic axis for all runs, so that they can be compared.  It has no place for 0: what
+    # is smaller than 0.001 lies on the axis.
+    ticks = {"0.001": 0, "0.01": 1 / 4, "0.1": 2 / 4, "1": 3 / 4, "10": 1}
+    image, draw = new_chart(f"{out}: nats a token, log scale", names, ticks)
+    scale = (RIGHT - LEFT) / steps[-1]  # pixels a step
+
+    for step in (0, steps[-1] // 2, steps[-1]):
+        draw.text((LEFT + scale * step, BOTTOM + 10), f"step {step}", "black", anchor="ma")
+    for name, shade in zip(names, SHADES):
+        points = []
+        for step in steps:
+            loss = max(0.001, by_step[step][name])
+            points.append((LEFT + scale * step, level((math.log10(loss) + 3) / 4)))
+        draw.line(points, shade, 3)
+        draw.circle(points[-1], 3, shade)  # all that a run of one step has
+    image.save(os.path.join(out, "loss.png"))
+
+
 @torch.no_grad()
 def caption_loss(vlm, tokenizer, folder, device):
     """Nats a token for reading the numbers off 64 test pictures in data_gen.py's folder."""
@@ -284,7 +412,7 @@ def caption_loss(vlm, tokenizer, folder, device):
     rows = []
     for i in range(min(64, manifest["n_test"])):
         problem = make_problem("test", i, manifest["seed"])
-        row = view(problem, "vision_dominant")  # its picture shows the numbers, its text does not say them
+        row = view(problem, "vision_dominant")  # its picture shows the numbers, its text does not
         row["instruction"] = "Read the labels."  # as tiny/ learnt it
         row["output"] = problem["numeric"]
         rows.append(row | {"folder": folder, "where": problem["id"]})
@@ -293,153 +421,65 @@ def caption_loss(vlm, tokenizer, folder, device):
     logits = F.linear(vlm(batch), vlm.lm_head).float()  # (N, V)
     return F.cross_entropy(logits, batch.labels[batch.labels != IGNORE]).item()
 
+
 def print_caption_loss(vlm, tokenizer, folder, device, when):
-    """A model that only ever gets text may unlearn to look: this number shows it. folder None: nothing."""
+    """A model that only ever gets text may unlearn to look. folder None, own rows: nothing."""
     if folder is not None and read_json(folder, "manifest.json")["n_test"] > 0:
         loss = caption_loss(vlm, tokenizer, folder, device)
         if is_main_process():
             print(f"caption loss {when}: {loss:.3f} nats a token", flush=True)
 
-def share(count):
-    return count["correct"] / max(1, count["n"])
 
-def interval(count):
-    """95 % Wilson score interval as (low, high). Not +-2 standard errors: that is (0, 0) at 0 right."""
-    n, p, z = max(1, count["n"]), share(count), 1.96
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+# --------------------------------------------------------------------------------------------------
+# --ask and --show
 
-def count_by(items, scores, names, start=()):
-    """{name: {"correct", "n", "unparsed"}} over the names(item) of every item."""
-    counts = {name: {"correct": 0, "n": 0, "unparsed": 0} for name in start}
-    for item in items:
-        for name in names(item):
-            count, score = counts.setdefault(name, {"correct": 0, "n": 0, "unparsed": 0}), scores[item["id"]]
-            count["correct"] += score.match
-            count["n"] += 1
-            count["unparsed"] += score.extracted is None
-    return counts
+def ask(args):
+    """Any question, with or without a picture."""
+    row = {"instruction": args.ask, "image_url": args.picture or "", "folder": "", "where": "--ask"}
+    for model in args.models:
+        vlm, tokenizer = load_vlm(model, best_device())
+        [(_, reply)] = generate_replies(vlm, tokenizer, [row], args)
+        print(f"{model}: {args.ask}  [{args.picture or 'no picture'}]\n  {reply}")
 
-def outcomes(groups, scores):
-    """We-Math's diagnosis of its groups, in shares of them. Strict: all steps have to be right; loose: one.
 
-    IK  insufficient knowledge: composite and a step wrong    CM  complete mastery: composite right, steps too
-    IG  inadequate generalization: only composite wrong     RM  rote memorization: composite right, no CM
-                                                                (a share of the right composites)
-    """
-    marks = [[scores[item["id"]].match for item in group] for group in groups]  # the composite is the last
-    result, n = {"complete_groups": len(groups)}, max(1, len(groups))
-    for rule, enough in (("strict", all), ("loose", any)):
-        ik, ig = (sum(not m and all(s) == good for *s, m in marks) / n for good in (False, True))
-        cm, rm = (sum(m and enough(s) == good for *s, m in marks) / n for good in (True, False))
-        result[rule] = {"score": cm + ig / 2, "IK": ik, "IG": ig, "CM": cm, "RM": rm and rm / (rm + cm)}
-    return result
+def show(args, problems):
+    """One problem in its versions: what went in, what came out, how it was marked and why."""
+    each = len(LADDER) if is_builtin(args.data) else 1
+    rows = list(problems.values())[args.show * each:(args.show + 1) * each]
+    if not rows:
+        sys.exit(f"--show {args.show}: test problems are 0 to {len(problems) // each - 1}")
+    for model in args.models:
+        replies = replies_of_model(model, problems, rows, args)
+        for row in rows:
+            reply = replies[row["id"]]
+            score = mark(row, reply)
+            verdict = "right" if score.match else f"WRONG, it is {row['answer']}"
+            print(f"\n{row['id']}: {row['instruction']}  [{row['image_url'] or 'no picture'}]\n"
+                  f"  {reply}\n  {verdict}: {score.extracted!r}, found by the rule {score.rule!r}")
 
-def report(benchmark, items, scores):
-    """The figures of a benchmark from {id: Score}: shares and counts."""
-    result = {}
-    if benchmark == "wemath":
-        groups = {}
-        for item in items:
-            groups.setdefault(item["id"].partition("/")[0], []).append(item)
-        groups = [group for ID, group in groups.items() if len(group) == int(ID[0]) + 1]  # no step missing
-        result, items = outcomes(groups, scores), sum(groups, [])
-    elif benchmark != "mathvista":
-        versions = count_by(items, scores, lambda item: [item["version"]], LADDER)
-        seen = {v: share(c) for v, c in versions.items() if c["n"]}
-        shown, top, bottom = [seen[v] for v in IMAGE_VERSIONS if v in seen], *map(
-            seen.get, ("text_dominant", "vision_only"))
-        gap = top - bottom if {"text_dominant", "vision_only"} <= seen.keys() else None
-        result = {"versions": versions, "all": sum(shown) / len(shown) if shown else None,  # their mean
-                  "gap": gap, "relative_gap": gap / top if gap is not None and top else None}
-    if benchmark != "builtin":
-        result["groups"] = dict(sorted(count_by(items, scores, lambda item: item["groups"]).items()))
-        result["unparsed"] = sum(scores[item["id"]].extracted is None for item in items)
-    return result
 
-def table(results):
-    """{model: eval.json} -> text with a column for each model."""
-    percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
-    ends = lambda c: "[{:>4s}, {:>5s}]".format(*map(percent, interval(c)))
-    cell = lambda c: f"{percent(share(c)):>5s} {ends(c)}" if c["n"] else "-"
-    n = max((c["n"] for r in results.values() for c in r.get("versions", {}).values()), default=0)
-    columns = []
-    for name, result in results.items():
-        versions, lines = result.get("versions", {}), {"": name}
-        lines |= {version: cell(versions[version]) for version in LADDER if versions}
-        means = {"ALL (with picture)": "all", "gap TD - VO": "gap", "relative gap, %": "relative_gap"}
-        lines |= {label: percent(result[key]) for label, key in means.items() if versions}
-        lines |= {f"{group} (n={c['n']})": cell(c) for group, c in result.get("groups", {}).items()}
-        lines |= {f"{rule} {key}": percent(x) for rule in ("strict", "loose")
-                  for key, x in result.get(rule, {}).items()}
-        lines |= {"complete groups": str(result["complete_groups"])} if "strict" in result else {}
-        unparsed = result.get("unparsed", sum(c["unparsed"] for c in versions.values()))
-        columns.append(lines | {"unparsed": str(unparsed)})
-    side, width = max(map(len, columns[0])), max(22, *(len(name) + 2 for name in results))
-    rows = [f"{label:{side}s}" + "".join(f"{column[label]:>{width}s}" for column in columns)
-            for label in columns[0]]
-    return "\n".join([f"accuracy in %{f', {n} problems a version' * bool(n)} [95 % interval]", *rows])
-
-def draw_chart(results, path):
-    """A PNG: bars by version, one shade for each model, whiskers = 95 % intervals."""
-    shades = ("#b8c4d6", "#5b84b1", "#1f3d63", "#c58b3d", "#7a9a5a", "#8a5a83")
-    font, bar = ImageFont.load_default(15), max(12, 84 // len(results))
-    group, level = bar * len(results) + 30, lambda x: 320 - 260 * x
-    image = Image.new("RGB", (80 + group * len(LADDER), 380), "white")
-    draw = ImageDraw.Draw(image)
-    for tenth in range(0, 11, 2):
-        draw.line([60, level(tenth / 10), image.width - 20, level(tenth / 10)], fill="#dddddd")
-        draw.text((52, level(tenth / 10)), f"{10 * tenth} %", font=font, fill="black", anchor="rm")
-    for k, (name, result) in enumerate(results.items()):
-        shade = shades[k % len(shades)]
-        draw.rectangle([60 + k * 190, 20, 74 + k * 190, 34], fill=shade)
-        draw.text((80 + k * 190, 27), name[-22:], font=font, fill="black", anchor="lm")
-        for j, version in enumerate(LADDER):
-            count, x = result["versions"][version], 75 + j * group + k * bar
-            draw.rectangle([x, level(share(count)), x + bar - 3, level(0)], fill=shade)
-            low, high = map(level, interval(count))
-            draw.line([x + bar / 2 - 1, low, x + bar / 2 - 1, high], fill="black")
-    for j, version in enumerate(LADDER):
-        draw.text((60 + (j + .5) * group, 330), version.replace("_", "\n"), font=font, fill="black",
-                  anchor="ma", align="center")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    image.save(path)
-
-def show(args, items, root):
-    """One problem in its versions: what went in, what came out, how it was marked and by which rule."""
-    each = len(LADDER) if args.benchmark == "builtin" else 1
-    some = items[args.show * each:(args.show + 1) * each] if args.show >= 0 else []
-    if not some:
-        sys.exit(f"--show {args.show}: there are test problems 0 to {len(items) // each - 1}")
-    picture_bytes(some, root)
-    print(f"right answer: {some[0]['answer']} ({some[0]['kind']})")
-    replies = {item["id"]: reply for part in generate_replies(*load_vlm(args.models[0]), some, root, args)
-               for item, reply in part}
-    for item in some:
-        score = score_answer(replies[item["id"]], item["answer"], item["kind"], item["choices"])
-        picture = item["image_url"] or "no picture"
-        print(f"\n{item.get('version', item['id'])}: {item['instruction']}  [{picture}]\n"
-              f"  {replies[item['id']]}\n  {'right' if score.match else 'WRONG'}: {score.extracted!r}, "
-              f"found by the rule {score.rule!r}")
+# --------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     args = parse_args(argv)
-    items, root = load_items(args)
+    if args.ask:
+        return ask(args)
+    problems = load_problems(args.data)
     if args.show is not None:
-        return show(args, items, root)
-    builtin = args.benchmark == "builtin"
-    args.limit = args.limit and args.limit * (len(LADDER) if builtin else 1)
-    names = [args.replies] if args.replies else [folder.rstrip("/") for folder in args.models]
-    results = {name: evaluate(name, items, root, args) for name in names}
+        return show(args, problems)
+
+    names = args.models or [args.replies]
+    results = {name: evaluate(name, problems, args) for name in names}
+    folders = [result_folder(name, args) for name in names]
     print(table(results))
-    if not builtin:
-        print(RULE_BASED + NOTES.get(args.benchmark, ""))
-    if args.benchmark in ("builtin", "mathverse"):
-        chart = args.chart or f"out/accuracy{'' if builtin else '_mathverse'}.png"
-        draw_chart(results, chart)
-        print(f"chart: {chart}; ", end="")
-    where = "the model folders" if args.models and builtin else ", ".join(folder_of(n, args) for n in names)
-    print(f"every reply and its mark: replies.jsonl in {where}")
+    if not is_builtin(args.data):
+        print(RULE_BASED)
+    if results[names[0]]["versions"]:
+        is_usual = folders == names  # models, all rows, the built-in problems
+        chart = os.path.join("out" if is_usual else folders[0], "accuracy.png")
+        draw_accuracy(results, chart)
+        print(f"chart: {chart}")
+    print(f"every reply and its mark: replies.jsonl in {', '.join(folders)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,7 +500,6 @@ def main(argv=None):
 Score = namedtuple("Score", "match extracted rule")  # right?  what was marked, or None; which slot
 
 LONGEST_READ = 4000  # characters at the end of a reply; more has no place in an answer
-LONGEST_BARE = 500
 SAYS = r"""
     (?: (?: so | thus | hence | therefore | and ) ,? \  )*
     (?: the\  )? (?: final\  | correct\  )? (?: answer | option | choice ) \b
@@ -471,7 +510,7 @@ SLOT = re.compile(rf"""
     (?: : | is\b :? | \n )           # or a heading, and the answer on the line below it
     [*\s]*+ (?P<line> \S.* ) $
   |
-    (?: ^ | (?<! [<>!/] ) (?<! \\not ) (?<! \\not\  ) = | : | \b is | \b are )  # not "2\boxed{5}"
+    (?: ^ | (?<! [<>!/] ) (?<! not ) (?<! not\  ) = | : | \b is | \b are )  # not "2\boxed{5}"
     [\ $*\\(\[&]* (?P<box> \\boxed .* ) $
   |
     <answer> (?P<tag> (?s: .*? ) ) </answer>
@@ -479,7 +518,6 @@ SLOT = re.compile(rf"""
 BOXED = re.compile(r"""
     \\boxed \s* \{ ( (?: [^{}] | \{ (?: [^{}] | \{ [^{}]* \} )* \} )* ) \}  # three levels of braces
 """, re.X)
-CLOSING = re.compile(r"[\s.$*\\\])}`]*")  # may follow the last slot
 
 
 def visible(reply):
@@ -493,72 +531,64 @@ def visible(reply):
 
 
 def find_slots(text):
-    """-> [(content, rule)] of all slots; empty if something follows the last one."""
+    """-> {content: rule} of all slots; empty if something follows the last one."""
     text = SENTENCE.sub("\n", text)  # "So x = 5. The answer is 5": that sentence gets its own line
-    slots = []
+    slots = {}
     end = 0
     for found in SLOT.finditer(text):
         rule = found.lastgroup
         content = BOXED.sub(r" \1 ", found[rule])  # "\boxed{5} cm" says 5 cm
-        slots.append((content, rule))
+        slots[plain(content)] = rule
         end = found.end()
-    return slots if CLOSING.fullmatch(text[end:]) else []
+    only_closing = re.fullmatch(r"[\s.$*\\\])}`]*", text[end:])
+    return slots if only_closing else {}
 
 
 # Spelling
 
-SIGNS = {  # the spelling that is used here: others
-    "-": r"− – —",
-    "*": r"× · ⋅ \times \cdot",
-    "/": r"÷ ⁄ \div",
-    "<=": r"≤ ⩽ \leqslant \leq \le",
-    ">=": r"≥ ⩾ \geqslant \geq \ge",
-    "∪": r"\cup",
-    "∞": r"\infty",
-    "°": r"º ˚ 掳",  # the last one stands in We-Math's file
-    "∠": r"\angle",
-    "θ": r"\theta",
-    "α": r"\alpha",
-    "β": r"\beta",
-    "pi": r"π \pi",
-    "sqrt": r"√",
-}
 LATEX = [  # from the inside out, again and again until nothing changes
-    (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"),
-    (r"\^?\{?\\circ\b\}?|\^\{?°\}?", "°"),
-    (r"(?<![\w.])(\d+) ?\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # 2 1/2
-    (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
-    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
-    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"(\1/\2)"),
-    (r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)^(1/\1))"),
-    (r"sqrt\s*\{([^{}]*)\}", r"sqrt(\1)"),
-    (r"\^\{([^{}]*)\}", r"^(\1)"),
-]
-MARKUP = [
-    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle", ""),
+    (r"\\(?:left|right)(?![a-z])|\\displaystyle", ""),
     (r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", ""),  # 1{,}200
     (r"\\\$ ?([\d.,]+)", r"\1 dollar"),
     (r"([€£¥]) ?([\d.,]+)", r"\2 \1"),
     (r"\\[,;:! ]|\\q?quad\b|~", " "),
     (r"\\[()\[\]]|[$`]|\*\*|__", ""),
+    (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"),
+    (r"\^?\{?\\circ\b\}?|\^\{?°\}?", "°"),
+    (r"(?<![\w.])(\d+) ?\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # 2 1/2
+    (r"(?<![\w.])(\d+) (\d+)[/⁄](\d+)", r"(\1+\2/\3)"),
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"(\1/\2)"),
+    (r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)^(1/\1))"),
+    (r"sqrt\s*\{([^{}]*)\}", r"sqrt(\1)"),
+    (r"\^\{([^{}]*)\}", r"^(\1)"),
+    (r"\b(?:square|sq\.?) ([a-z]+)", r"\1^2"),
+    (r"\bcubic ([a-z]+)", r"\1^3"),
+    (r"\\(sqrt|pi|sin|cos|tan|log|ln|%|\{|\})", r"\1"),
 ]
-THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
-NAMES = r"\\(sqrt|sin|cos|tan|log|ln|%|\{|\})"  # as in LaTeX, without the backslash
+SIGNS = [  # the first spelling of a line takes the place of the others
+    r"- − – —",
+    r"* × · ⋅ \times \cdot",
+    r"/ ÷ ⁄ \div",
+    r"<= ≤ ⩽ \leqslant \leq \le",
+    r">= ≥ ⩾ \geqslant \geq \ge",
+    r"∪ \cup",
+    r"∞ \infty",
+    r"∠ \angle",
+    r"θ \theta",
+    r"pi π",
+    r"sqrt √",
+]
+THOUSANDS = r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])"
 
 
 def plain(text):
     """LaTeX and Unicode to plain text: "$\\frac{9}{4}\\pi$" -> "((9)/(4))pi"."""
-    for pattern, new in MARKUP:
-        text = re.sub(pattern, new, text)
-    for new, others in SIGNS.items():
-        for sign in others.split():
-            text = text.replace(sign, new)
-
-    # NFKC makes full-width letters plain, but 10⁵ would be 105, 3½ 31/2, and x₁ x1.
-    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda sign: f"^({normal(sign[0])})", text)
-    text = re.sub("([¼-¾⅐-⅞])", r" \1", text)
-    text = re.sub("([₀-₉]+)", r"_\1", text)
-    text = normal(text).replace("⁄", "/")
+    # NFKC makes full-width letters plain, but 10⁵ would be 105, 3½ 31/2, 5₂ 52, and 60º 60o.
+    text = re.sub("[º˚掳]", "°", text)  # the last one stands in We-Math's file
+    text = re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text)
+    text = re.sub("([¼-¾⅐-⅞₀-₉])", r" \1", text)
+    text = unicodedata.normalize("NFKC", text)
 
     for _ in range(6):  # what is nested deeper stays as it is, and equals nothing
         before = text
@@ -566,15 +596,15 @@ def plain(text):
             text = re.sub(pattern, new, text)
         if text == before:
             break
-    text = re.sub(NAMES, r"\1", text)
+    for line in SIGNS:
+        new, *others = line.split()
+        for sign in others:
+            text = text.replace(sign, new)
+
     text = re.sub(r"\s+", " ", text)
     if not re.search(r"[(\[{]", text):  # 1,200 is a number, (1,200) is a point
-        text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+        text = re.sub(THOUSANDS, lambda found: found[0].replace(",", ""), text)
     return text.rstrip(' .,;:*"†').lstrip(' ,;:*"')
-
-
-def normal(text):
-    return unicodedata.normalize("NFKC", text)
 
 
 # Numbers
@@ -624,14 +654,14 @@ def read(tokens, binding, point):
         sign = tokens[-1]
         if sign not in BINDS:  # 2x and 2(x + 1) are products, "2 3" and "x2" are not
             if sign[0] in ".0123456789":
-                raise ValueError("a number behind another value")
+                raise ValueError("two numbers")
             sign = "*"
         if BINDS[sign] <= binding:
             break
         if tokens[-1] == sign:
             tokens.pop()
         right = read(tokens, 3 if sign == "^" else BINDS[sign], point)  # 2^3^2 is 2^9
-        x = calculate(x, sign, right)
+        x = CALCULATE[sign](x, right)
 
     is_long = isinstance(x, Fraction) and x.denominator > LARGEST ** 20
     if is_long or abs(x) > LARGEST:
@@ -639,21 +669,21 @@ def read(tokens, binding, point):
     return x
 
 
-def calculate(x, sign, y):
-    if sign == "+":
-        return x + y
-    if sign == "-":
-        return x - y
-    if sign == "*":
-        return x * y
-    if sign == "/":
-        return x / y
-    if abs(y) > 64 or (x < 0 and y != int(y)):
-        raise ValueError("a power that would fill the memory, or has no real value")
-    return x ** y
+def power(x, n):
+    if abs(n) > 64 or (x < 0 and n != int(n)):
+        raise ValueError("too large, or not real")
+    return x ** n
 
 
-@functools.lru_cache(10_000)
+CALCULATE = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "^": power,
+}
+
+
 def values(text):
     """An expression's values at three points, None if it is not one from end to end.
 
@@ -662,84 +692,86 @@ def values(text):
     words = re.sub("sqrt|sin|cos|tan|log|ln|pi", "", text).strip()
     is_text = re.search("[A-Za-z]{3}", words) or re.fullmatch("[A-Za-z ]{2,}", words)
     is_range = re.fullmatch(r"[\d.]+ ?- ?[\d.]+", text)  # 0.2 - 0.4
-    tokens = TOKEN.findall(text[:LONGEST_VALUE])
+    tokens = TOKEN.findall(text)
     if is_text or is_range or "".join(tokens) != text.replace(" ", ""):
         return None
 
     found = []
-    for point in range(3):
-        rest = tokens[::-1]
-        try:
+    try:
+        for point in range(3):
+            rest = tokens[::-1]
             found.append(read(rest, 0, point))
-        except (ValueError, ArithmeticError, IndexError):
-            return None
-        if rest:
-            return None
-    return found
+    except (ValueError, ArithmeticError, IndexError):
+        return None
+    return None if rest else found  # something is left over
 
 
-UNITS = {  # the name that is used here: others; they are not converted into each other
-    "mm": "millimeter millimetre",
-    "cm": "centimeter centimetre",
-    "m": "meter metre",
-    "km": "kilometer kilometre",
-    "ft": "foot feet",
-    "in": "inch inche",
-    "mile": "mi",
-    "g": "gram",
-    "kg": "kilogram",
-    "L": "l litre liter",
-    "°": "degree deg",
-    "°C": "",
-    "%": "percent",
-    "dollar": "",
-    "€": "euro",
-    "£": "pound",
-    "¥": "yuan",
-    "s": "sec second",
-    "min": "minute",
-    "h": "hr hour",
-    "year": "",
-    "m/s": "",
-    "km/h": "",
-    "unit": "",
-}
+UNITS = [  # other names of the first one; units are not converted into each other
+    "mm millimeter millimetre",
+    "cm centimeter centimetre",
+    "m meter metre",
+    "km kilometer kilometre",
+    "ft foot feet",
+    "in inch inche",
+    "mile",
+    "g gram",
+    "kg kilogram",
+    "L litre liter",
+    "° degree deg",
+    "% percent",
+    "€ euro",
+    "£ pound",
+    "¥ yuan",
+    "dollar",
+    "s sec second",
+    "min minute",
+    "h hr hour",
+    "year",
+    "m/s",
+    "km/h",
+    "unit",
+]
 UNIT = re.compile(r"""
     (?P<value> .* (?: [\d)] | pi ) ) \ ?
-    (?P<power> square\  | cubic\  )?
     (?P<name> [A-Za-z°%€£¥/]+ )
     (?: \^? \(? (?P<exponent> [23] ) \)? )?
 """, re.X)
+EXACT = 1000  # decimals of a fraction, a root, a whole number
 Number = namedtuple("Number", "values unit decimals")
 
 
 def unit_name(name):
-    for unit, others in UNITS.items():
-        if name in (unit, unit + "s") or name.removesuffix("s") in others.split():
-            return unit
+    for line in UNITS:
+        names = line.split()
+        if name in names or (len(name) > 2 and name.removesuffix("s") in names):
+            return names[0]
     return None
 
 
+@functools.lru_cache(10_000)  # options are compared with every slot
 def number(text):
     """"3.50 cm^2" -> Number([7/2, 7/2, 7/2], "cm2", 2); None if it is none."""
-    unit = ""
     found = UNIT.fullmatch(text)
-    if found and unit_name(found["name"]):
+    unit = unit_name(found["name"]) if found else None
+    if unit:
         text = found["value"]
-        exponent = {"square ": "2", "cubic ": "3", None: found["exponent"]}[found["power"]]
-        unit = unit_name(found["name"]) + (exponent or "")
+        unit += found["exponent"] or ""
     if values(text) is None:
         return None
     decimal = re.fullmatch(r"[-+]?\d*\.(\d+)", text)
-    return Number(values(text), unit, len(decimal[1]) if decimal else None)
+    return Number(values(text), unit, len(decimal[1]) if decimal else EXACT)
 
 
 # Equality
 
 NAME = re.compile(r"""
-    (?: (?: m?∠ | angle ) \ ? )? (?: [A-Za-zα-ω] | [A-Z]{2,4} ) (?: _?\d )? (?: \ ?\([a-z]\) )?  # x, AB, ∠A, f(x)
+    (?: (?: m?∠ | angle ) \ ? )?
+    (?: [A-Za-zα-ω] | [A-Z]{2,4} )
+    (?: [_\ ]?\d )?
+    (?: \ ?\([a-z]\) )?
 """, re.X)
-BRACKETS = re.compile(r"([(\[{])(.*,.*)([)\]}])")
+COMMA = re.compile(r" ?, ?(?![^(\[{]*[)\]}])")  # outside of brackets
+BRACKETS = re.compile(r"[(\[{].*,.*[)\]}]")
 OPTION = re.compile(r"(?:option |choice )?\(?([A-J])\)?(?:$|[.:,) ]+(.*))", re.I)
 
 
@@ -758,63 +790,39 @@ def same_number(found, gold, is_rounded):
     if found.unit and gold.unit and found.unit != gold.unit:
         return False  # a unit that only one of them has does not matter
     for exact, short in ((found, gold), (gold, found)):
-        if short.decimals is None:
-            continue
-        if exact.decimals is not None and exact.decimals <= short.decimals:
+        if short.decimals >= exact.decimals:
             continue
         has_three_digits = abs(exact.values[0]) >= 10 ** (2 - short.decimals)
-        if short is gold if is_rounded else has_three_digits:
+        if (short is gold) if is_rounded else has_three_digits:
             half = Fraction(1, 2 * 10 ** short.decimals)
             return all(abs(x - y) <= half for x, y in zip(exact.values, short.values))
     return all(close(x, y) for x, y in zip(found.values, gold.values))
 
 
-def relation(text):
-    """"x > 5" -> ("<", values of 5 - x); None if it is no equation and no inequality."""
+def difference(text):
+    """"x > 5" -> ("<", values of 5 - x); the sign is "" if it is no equation and no inequality."""
     parts = re.split("(<=|>=|[<>=])", text)
     if len(parts) != 3:
-        return None
+        return "", None
     left, sign, right = parts
     if ">" in sign:
         left, right = right, left
-    if values(left.strip()) is None or values(right.strip()) is None:
-        return None
-    pairs = zip(values(left.strip()), values(right.strip()))
-    return sign.replace(">", "<"), [x - y for x, y in pairs]
+    return sign.replace(">", "<"), values(f"({left})-({right})")
 
 
 def same_relation(found, gold):
     """2x < 6 is x < 3: one ratio at all points, and a positive one where order counts."""
-    sign, some = found
-    gold_sign, others = gold
-    if sign != gold_sign or 0 in some or 0 in others:
+    sign, some = difference(found)
+    gold_sign, others = difference(gold)
+    if sign != gold_sign or not some or not others or 0 in some + others:
         return False
     ratio = some[0] / others[0]
-    if sign != "=" and ratio < 0:
-        return False
-    return all(close(x, ratio * y) for x, y in zip(some, others))
-
-
-def split_list(text):
-    """"(1, 2), 3" -> ["(1, 2)", "3"]: at the commas outside of brackets."""
-    parts = [""]
-    depth = 0
-    for character in text:
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-        if depth < 0:
-            return [text]
-    return [part.strip() for part in parts]
+    is_turned = sign != "=" and ratio < 0
+    return not is_turned and all(close(x, ratio * y) for x, y in zip(some, others))
 
 
 def unlabel(text):
-    """"AB = 5" -> ("ab", "5"), "P(4, 0)" -> ("p", "(4, 0)"), "5" -> ("", "5")"""
+    """"AB = 5" -> ("AB", "5"), "P(4, 0)" -> ("P", "(4, 0)"), "5" -> ("", "5")"""
     text = re.sub(r"^([^=]*)= ?([a-z])$", r"\2=\1", text)  # 5 = x
     text = re.sub(r"^([A-Z]) ?(\(.*,.*\))$", r"\1=\2", text)
     label, sign, rest = text.partition("=")
@@ -835,11 +843,11 @@ def same(found, gold, is_rounded=False):
     if len(found) > LONGEST_VALUE or len(gold) > LONGEST_VALUE:
         return False
 
-    parts = split_list(found)
-    gold_parts = split_list(gold)
-    if len(parts) > 1 or len(gold_parts) > 1:
-        if len(parts) != len(gold_parts):
-            return False
+    parts = COMMA.split(found)
+    gold_parts = COMMA.split(gold)
+    if len(parts) != len(gold_parts):
+        return False
+    if len(parts) > 1:
         return all(same(x, y, is_rounded) for x, y in zip(parts, gold_parts))
 
     label, x = unlabel(found)
@@ -848,27 +856,25 @@ def same(found, gold, is_rounded=False):
     if not label or is_name or label.lower() == gold_label.lower():
         if x and squeeze(x) == squeeze(y):
             return True
-        brackets = BRACKETS.fullmatch(x)
-        gold_brackets = BRACKETS.fullmatch(y)
-        if brackets and gold_brackets and brackets.group(1, 3) == gold_brackets.group(1, 3):
-            return same(brackets[2], gold_brackets[2], is_rounded)
+        are_lists = BRACKETS.fullmatch(x) and BRACKETS.fullmatch(y)
+        if are_lists and x[0] == y[0] and x[-1] == y[-1]:
+            return same(x[1:-1], y[1:-1], is_rounded)
         if number(x) and number(y):
             return same_number(number(x), number(y), is_rounded)
 
-    if relation(found) and relation(gold):
-        return same_relation(relation(found), relation(gold))
-    return False
+    return same_relation(found, gold)
 
 
-def option_named(text, options, is_text):
+@functools.lru_cache(1000)  # the gold one is asked for with every slot
+def option_named(text, options, kind):
     """Index of the option that an answer names, by letter, text or both if they agree; or None.
 
-    is_text  an option's text counts before a letter: some options are themselves letters
+    For "choice_text" the text counts before the letter: some options are themselves letters.
     """
     by_text = [k for k, option in enumerate(options) if option == text]
     if not by_text:
         by_text = [k for k, option in enumerate(options) if same(text, option)]
-    if is_text and len(by_text) == 1:
+    if kind == "choice_text" and len(by_text) == 1:
         return by_text[0]
 
     lettered = OPTION.fullmatch(text)
@@ -888,11 +894,10 @@ def option_named(text, options, is_text):
 def is_right(text, gold, kind, options):
     if kind not in ("choice", "choice_text"):
         return same(text, gold, is_rounded=kind == "float")
-    is_text = kind == "choice_text"
-    right = option_named(gold, options, is_text)
+    right = option_named(gold, options, kind)
     if right is None and not OPTION.fullmatch(gold):  # a choice without options to choose from
         return same(text, gold)
-    return right is not None and option_named(text, options, is_text) == right
+    return right is not None and option_named(text, options, kind) == right
 
 
 def score_answer(reply, answer, kind, choices=None):
@@ -904,26 +909,26 @@ def score_answer(reply, answer, kind, choices=None):
     """
     golds = {plain(line) for line in answer.split("\n")}  # some shipped ones are there twice
     gold = golds.pop()
-    options = [plain(choice) for choice in choices or []]
+    options = tuple(plain(choice) for choice in choices or [])
 
     text = visible(reply)
     slots = find_slots(text)
-    if not slots and len(text) < LONGEST_BARE and "\n" not in text.strip():
+    if not slots and len(text) < 500 and "\n" not in text.strip():
         bare = plain(text)
-        is_option = option_named(bare, options, kind == "choice_text") is not None
+        is_option = option_named(bare, options, kind) is not None
         if is_option or number(bare) or is_right(bare, gold, kind, options):
-            slots = [(text, "bare")]
+            slots = {bare: "bare"}
     if not slots:
         return Score(False, None, "no slot")
 
     # Two different golds, "C\nD": no reply can be both, so all are wrong.
     marks = []
-    for content, _ in slots:
-        marks.append(not golds and is_right(plain(content), gold, kind, options))
+    for content in slots:
+        marks.append(not golds and is_right(content, gold, kind, options))
     if any(marks) and not all(marks):
         return Score(False, None, "two answers")
-    content, rule = slots[-1]
-    return Score(all(marks), plain(content), rule)
+    content, rule = slots.popitem()
+    return Score(all(marks), content, rule)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 stage1_text_sft.py    # 8 processes: same batches, same parameters
 
 Reads data/stage1.jsonl (made first when missing) and the backbones in tiny/; writes
-out/stage1/step-N and metrics.jsonl.  The same command again continues from the newest checkpoint,
-bit for bit.
+out/stage1/step-N, metrics.jsonl and, of its numbers, loss.png.  The same command again continues
+from the newest checkpoint, bit for bit.
 
 Read this one first: it is a whole training script without a framework, and the other two repeat it.
     flags                what can be changed, with the paper's value where it is known
@@ -62,10 +62,10 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--init", default="tiny", help="model to start from")
-    add("--llm", help="instead of --init: Qwen2 or Llama, folder or id")
-    add("--vision", help="and with it: SigLIP or its tower, folder or id")
+    add("--llm", help="not --init: Qwen2 or Llama, folder or id")
+    add("--vision", help="with it: SigLIP or its tower, folder or id")
     add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
-    add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
+    add("--data", nargs="+", default=["data"], help="data_gen.py's folder, JSONL files")
     add("--out", default="out/stage1", help="folder of checkpoints, metrics")
     add("--steps", type=int, default=125, help="optimizer steps (one pass)")
     add("--batch", type=int, default=32, help="rows a step, all processes (reported: 512)")
@@ -73,9 +73,9 @@ def make_parser():
     add("--lr", type=float, default=3e-4, help="highest learning rate (reported: 1e-5)")
     add("--warmup", type=float, default=0.02, help="share of rising steps (reported)")
     add("--weight_decay", type=float, default=0.1, help="of matrices (reported, script)")
-    add("--clip", type=float, default=1.0, help="highest gradient norm, 0: no limit")
+    add("--clip", type=float, default=1.0, help="highest gradient norm, 0: none")
     add("--max_length", type=int, default=1024, help="tokens of a row (script: 2048)")
-    add("--seed", type=int, default=3407, help="of row order, projector (script: 3407)")
+    add("--seed", type=int, default=3407, help="of row order, projector (script)")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
         help="processes that make batches")
     add("--save_every", type=int, default=50, help="steps between checkpoints")
@@ -358,6 +358,7 @@ def main(argv=None):
         return
     if args.steps == 0:  # nothing to train, but whoever asked wants a model there
         save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
+    evaluation.draw_losses(args.out)
     print(f"stage 1 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
 
 

@@ -845,9 +845,10 @@ def main(argv=None):
         return
     if args.steps == 0:  # nothing to train, but whoever asked wants a model there
         save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
+    evaluation.draw_losses(args.out)
     print(f"stage 2 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
     if args.evaluate and folder:  # the table is of data_gen.py's test problems
-        evaluation.main([*filter(None, [args.init, args.out]), "--data", folder])
+        evaluation.main([args.init or args.out, args.out, "--data", folder])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python stage3_mm_instruct.py                       # one process; 4 minutes on 2 CPU cores
     torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters
 
-Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N and
-metrics.jsonl.  Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from
+Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N,
+metrics.jsonl and loss.png.  Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from
 what differs, not the loss.
 
 What is new against stage 1:
@@ -64,10 +64,10 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--init", default="out/stage2", help="model to start from")
-    add("--llm", help="instead of --init: Qwen2 or Llama, folder or id")
-    add("--vision", help="and with it: SigLIP or its tower, folder or id")
+    add("--llm", help="not --init: Qwen2 or Llama, folder or id")
+    add("--vision", help="with it: SigLIP or its tower, folder or id")
     add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
-    add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
+    add("--data", nargs="+", default=["data"], help="data_gen.py's folder, JSONL files")
     add("--out", default="out/stage3", help="folder of checkpoints, metrics")
     add("--steps", type=int, default=200, help="optimizer steps (0.8 of a pass)")
     add("--batch", type=int, default=32, help="rows a step, all processes (reported: 256)")
@@ -75,9 +75,9 @@ def make_parser():
     add("--lr", type=float, default=3e-4, help="highest learning rate (reported: 3e-5)")
     add("--warmup", type=float, default=0.02, help="share of rising steps (reported)")
     add("--weight_decay", type=float, default=0.1, help="of matrices (reported, script)")
-    add("--clip", type=float, default=1.0, help="highest gradient norm, 0: no limit")
+    add("--clip", type=float, default=1.0, help="highest gradient norm, 0: none")
     add("--max_length", type=int, default=1024, help="tokens of a row (script: 2048)")
-    add("--seed", type=int, default=3407, help="of row order, projector (script: 3407)")
+    add("--seed", type=int, default=3407, help="of row order, projector (script)")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
         help="processes that make batches")
     add("--save_every", type=int, default=50, help="steps between checkpoints")
@@ -365,9 +365,10 @@ def main(argv=None):
         return
     if args.steps == 0:  # nothing to train, but whoever asked wants a model there
         save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
+    evaluation.draw_losses(args.out)
     print(f"stage 3 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
     if args.evaluate and folder:  # the table is of data_gen.py's test problems
-        evaluation.main([*filter(None, [args.init, args.out]), "--data", folder])
+        evaluation.main([args.init or args.out, args.out, "--data", folder])
 
 
 if __name__ == "__main__":

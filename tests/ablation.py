@@ -40,7 +40,7 @@ def run(module, out, flags):
     module.main([*flags, "--out", out])
     seconds = time.time() - begun
     if not os.path.exists(os.path.join(out, "eval.json")):
-        evaluation.main([out, "--data", "data", "--chart", os.path.join(out, "accuracy.png")])
+        evaluation.main([out, "--data", "data"])
     with open(os.path.join(out, "eval.json")) as f:
         return json.load(f) | {"train_seconds": seconds}
 

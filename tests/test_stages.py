@@ -586,7 +586,7 @@ def test_missing_prerequisites_are_made_first(tmp_path, monkeypatch, capsys):
     assert os.path.exists("out/accuracy.png")
     with open("out/stage3/eval.json", encoding="utf-8") as f:
         assert json.load(f).keys() == {
-            "benchmark", "versions", "all", "gap", "relative_gap", "seconds"}
+            "versions", "all", "gap", "relative_gap", "groups", "unparsed", "missing"}
 
 
 def test_own_files_train_every_stage_and_end_without_a_table(tmp_path, capsys):
