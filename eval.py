@@ -770,6 +770,7 @@ NAME = re.compile(r"""
     (?: [_\ ]?\d )?
     (?: \ ?\([a-z]\) )?
 """, re.X)
+LABELLED = re.compile(r"([∠A-Za-zα-ω][^-+*/^<>=!]*?|) ?= ?([^=]+)")  # not 2x = 5, x >= 5
 COMMA = re.compile(r" ?, ?(?![^(\[{]*[)\]}])")  # outside of brackets
 BRACKETS = re.compile(r"[(\[{].*,.*[)\]}]")
 OPTION = re.compile(r"(?:option |choice )?\(?([A-J])\)?(?:$|[.:,) ]+(.*))", re.I)
@@ -825,8 +826,8 @@ def unlabel(text):
     """"AB = 5" -> ("AB", "5"), "P(4, 0)" -> ("P", "(4, 0)"), "5" -> ("", "5")"""
     text = re.sub(r"^([^=]*)= ?([a-z])$", r"\2=\1", text)  # 5 = x
     text = re.sub(r"^([A-Z]) ?(\(.*,.*\))$", r"\1=\2", text)
-    label, sign, rest = text.partition("=")
-    return (label.strip(), rest.strip()) if sign else ("", text)
+    found = LABELLED.fullmatch(text)
+    return found.groups() if found else ("", text)
 
 
 def squeeze(text):
