@@ -550,7 +550,7 @@ LATEX = [  # from the inside out, again and again until nothing changes
     (r"\\(?:left|right)(?![a-z])|\\displaystyle", ""),
     (r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", ""),  # 1{,}200
     (r"\\\$ ?([\d.,]+)", r"\1 dollar"),
-    (r"([€£¥]) ?([\d.,]+)", r"\2 \1"),
+    (r"(?<!\d)([€£¥]) ?([\d.,]+)", r"\2 \1"),
     (r"\\[,;:! ]|\\q?quad\b|~", " "),
     (r"\\[()\[\]]|[$`]|\*\*|__", ""),
     (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"),
@@ -734,7 +734,7 @@ UNITS = [  # other names of the first one; units are not converted into each oth
 UNIT = re.compile(r"""
     (?P<value> .* (?: [\d)] | pi ) ) \ ?
     (?P<name> [A-Za-z°%€£¥/]+ )
-    (?: \^? \(? (?P<exponent> [23] ) \)? )?
+    (?: (?<= [a-z] ) \^? \(? (?P<exponent> [23] ) \)? )?
 """, re.X)
 EXACT = 1000  # decimals of a fraction, a root, a whole number
 Number = namedtuple("Number", "values unit decimals")

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters
 
 Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N,
-metrics.jsonl and loss.png.  Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns and from
-what differs, not the loss.
+metrics.jsonl and loss.png.  Read it as `diff stage1_text_sft.py stage3_mm_instruct.py`: what learns
+and from what differs, not the loss.
 
 What is new against stage 1:
     TRAINABLE    all three parts.  Stage 2 taught the eyes to speak the language model's language

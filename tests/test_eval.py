@@ -1,9 +1,9 @@
-"""The scorer's verdicts, the statistics, the files of every benchmark, killed runs and bad input."""
+"""eval.py: what counts as an answer; rows and replies; what is kept, reported and drawn."""
 import json
 import os
-import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,436 +11,767 @@ from PIL import Image
 import data_gen
 import eval as evaluation
 import model
-import score_cases
 from data_gen import LADDER
-from eval import interval, score_answer
+from eval import plain, score_answer
+from helpers import ROOT, TINY, save_picture, write_rows
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = os.path.join(ROOT, "tiny")
-BENCHMARKS = os.environ.get("BENCHMARKS", os.path.join(ROOT, "..", "shared", "benchmarks"))  # not in the repo
-
-CASES = [  # reply, gold, kind, choices, verdict
-    ("90-30=60. †Answer: 60°", "60°", "free", None, True),
-    ("90-30=60. †Answer: 60", "60°", "free", None, True),
-    ("†Answer: 6", "60°", "free", None, False),
-    ("†Answer: 45pi", "45pi", "free", None, True),
-    ("†Answer: 45", "45pi", "free", None, False),
-    ("†Answer: 45π", "45pi", "free", None, True),
-    ("†Answer: 3. No. †Answer: 4", "4", "integer", None, True),
-    ("†Answer: 3. No. †Answer: 4", "3", "integer", None, False),
-    (r"so \boxed{12}", "12", "integer", None, True),
-    (r"\boxed{\frac{1}{2}}", "0.5", "free", None, True),
-    ("The answer is 1,200.", "1200", "integer", None, True),
-    ("3.9", "3", "integer", None, False),
-    ("†Answer: 1.24", "1.3", "float", None, False),
-    ("†Answer: 1.333", "1.33", "float", None, True),
-    ("†Answer: [1, 2]", "[1,2]", "list", None, True),
-    ("†Answer: [2, 1]", "[1,2]", "list", None, False),
-    ("That is B. †Answer: B", "B", "choice", ["1", "2", "3", "4"], True),
-    ("†Answer: (B)", "B", "choice", ["1", "2", "3", "4"], True),
-    ("†Answer: 2", "B", "choice", ["1", "2", "3", "4"], True),
-    ("†Answer: 22", "B", "choice", ["1", "2", "3", "4"], False),
-    ("†Answer: E", "B", "choice", ["1", "2", "3", "4"], False),
-    ("†Answer: B", "2", "choice_text", ["1", "2", "3", "4"], True),
-    ("答案是 7", "7", "integer", None, True),
-    ("", "7", "integer", None, False),
-    ("I cannot tell what the picture shows, sorry about that", "7", "integer", None, False),
-    ("†Answer:", "7", "integer", None, False),
-    ("†Answer: __import__('os').abort()", "7", "integer", None, False),
-    ("†Answer: 5/0", "5", "free", None, False),
-]
+ANGLES = ["30°", "45°", "60°", "90°"]
+AREAS = ["45 cm", "45 cm²", "1", "2"]
 
 
-@pytest.mark.parametrize("reply,gold,kind,choices,verdict", CASES)
-def test_verdicts(reply, gold, kind, choices, verdict):
-    assert score_answer(reply, gold, kind, choices).match is verdict
+def read_jsonl(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
 
 
-def test_tricky_cases():
-    """Each verdict of the table in score_cases.py, within a second."""
-    wrong = []
-    for reply, gold, kind, choices, verdict, why in score_cases.CASES:
-        begun = time.process_time()
-        score = score_answer(reply, gold, kind, choices)
-        if score.match is not verdict or time.process_time() - begun > 1:
-            wrong.append((why, reply[:60], gold, score))
-    assert not wrong, wrong
+def is_right(reply, gold="5", kind="free", choices=None):
+    return score_answer(reply, gold, kind, choices).match
 
 
-def test_unseen_cases():
-    """The six sets of score_unseen.jsonl: what was reached on them, and no wrong reply marked right.
+# --------------------------------------------------------------------------------------------------
+# The scorer
 
-    Written from the rules alone, without a look at the code. At first sight 1,192 of the 1,230 marks were as
-    they should be and two wrong replies were marked right; what could be mended was.
-    """
-    with open(os.path.join(ROOT, "tests", "score_unseen.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    marks = [(score_answer(r["reply"], r["gold"], r["kind"], r["choices"]).match, r["right"]) for r in rows]
-    assert len(rows) == 1230 and (True, False) not in marks
-    assert marks.count((False, True)) <= 12
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        page = f.read()
-    right = len(rows) - marks.count((False, True))
-    assert f"1,192 of {len(rows):,} marks were right at first sight" in page and f"now {right:,} and none" in page
-    assert f"mark {len(rows) + len(score_cases.CASES):,} replies" in page
+@pytest.mark.parametrize("name", ["attacks", "realistic_replies"])
+def test_replies_that_others_wrote(name):
+    """attacks: wrong ones, written against a sketch of the rules; realistic: in models' style."""
+    disagreements = []
+    for case in read_jsonl(os.path.join(ROOT, "tests", f"{name}.jsonl")):
+        mark = is_right(case["reply"], case["gold"], case["kind"], case["choices"])
+        if mark != case["match"]:
+            disagreements.append(case)
+    assert disagreements == []
 
 
-def test_unparsed_is_told_from_wrong():
-    assert score_answer("", "7", "integer").extracted is None
-    assert score_answer("†Answer: 8", "7", "integer").extracted == "8"
-    with pytest.raises(ValueError, match="kind 'letters'"):
-        score_answer("", "7", "letters")
+@pytest.mark.parametrize("reply,rule", [
+    ("Answer: 5", "line"),
+    ("It is clear.\n†Answer: 5", "line"),
+    ("67+73=5. †Answer: 5", "line"),
+    ("So x = 6 - 1.  The answer is 5.", "line"),
+    ("Is it clear? Thus, the final answer is: $5$", "line"),
+    ("The correct option is 5", "line"),
+    ("Choice: 5", "line"),
+    ("## Final Answer\n\n5", "line"),
+    ("**Answer:** 5", "line"),
+    ("`Answer: 5`", "line"),
+    ("Answer: \\boxed{5}", "line"),
+    ("\\boxed{5}", "box"),
+    ("so $x = \\boxed{5}$.", "box"),
+    ("the value is $\\boxed{5}$", "box"),
+    ("they are \\boxed{5}", "box"),
+    ("We get this:\n\\[\n\\boxed{5}\n\\]", "box"),
+    ("x &= \\boxed{5}", "box"),
+    ("<answer> 5 </answer>", "tag"),
+    ("<answer>\\boxed{5}</answer>", "tag"),
+    ("5", "bare"),
+    ("x = 5", "bare"),
+    ("<think>Answer: 6</think>Answer: 5", "line"),
+])
+def test_where_an_answer_may_stand(reply, rule):
+    assert score_answer(reply, "5", "free") == (True, "5" if reply != "x = 5" else reply, rule)
 
 
-def test_a_long_hostile_reply_is_quick():
-    for text in ("(" * 100_000, "†Answer: " + "9" * 100_000, "answer is " * 10_000, "\\boxed{" * 14_000,
-                 "<think>" * 14_000, "\\frac{" * 16_000):
-        start = time.process_time()
-        assert not score_answer(text, "7", "free").match
-        assert time.process_time() - start < 1
+@pytest.mark.parametrize("reply", [
+    "",
+    "I think it is 5",
+    "No answer: 5",
+    "The answer isn't 5",
+    "2\\boxed{5}",
+    "not \\boxed{5}",
+    "x \\neq \\boxed{5}",
+    "x \\not= \\boxed{5}",
+    "x not = \\boxed{5}",
+    "x >= \\boxed{5}",
+    "x != \\boxed{5}",
+    "x =/= \\boxed{5}",
+    "this\\boxed{5}",
+    "Answer:",
+    "5\n6",
+    "3\n1/2",
+    "<think>Answer: 5",
+    "<think>a</think>Answer: 5<think>",
+    "Answer: 5\nWait.",
+    "\\boxed{5}\nis wrong",
+    "<answer>5</answer> cm",
+])
+def test_where_none_may_stand(reply):
+    assert score_answer(reply, "5", "free") == (False, None, "no slot")
 
 
-def test_every_generated_answer_scores_itself():
-    from data_gen import make_problem
-    for i in range(120):
-        p = make_problem("test", i)
-        assert score_answer(p["output"], p["answer"], p["kind"], p["choices"]).match, p["output"]
-        assert not score_answer(p["output"] + "9", p["answer"], p["kind"], p["choices"]).match
+@pytest.mark.parametrize("ending", ["", "\n", " \n$$", "\n\\]", "\n**", "\n```", " .\n)}"])
+def test_only_closing_signs_may_follow(ending):
+    assert is_right("<answer>5</answer>" + ending)
 
 
-def test_wilson_interval():
-    """Textbook value: 9 of 10 gives 59.6 % .. 98.2 %."""
-    assert interval({"correct": 9, "n": 10}) == pytest.approx((.596, .982), abs=5e-4)
-    assert interval({"correct": 0, "n": 10})[0] == 0 and interval({"correct": 10, "n": 10})[1] == 1
+def test_every_slot_has_to_be_right():
+    assert is_right("Answer: 5\nSo it is.\nThe answer is 5 cm.")
+    both = score_answer("Answer: 6\nNo.\nAnswer: 5", "5", "free")
+    assert both == (False, None, "two answers")
+    assert score_answer("Answer: 6\nAnswer: 7", "5", "free") == (False, "7", "line")
 
 
-def test_numbers_of_the_table(tmp_path):
-    """Replies are given, so every figure is known beforehand."""
-    right = {"text_only": 4, "text_dominant": 4, "text_lite": 3, "vision_intensive": 2,
-             "vision_dominant": 1, "vision_only": 1}
-    rows = [{"image_url": "", "instruction": "", "answer": "7", "kind": "free", "choices": None, "version": v,
-             "id": f"t{i}/{v}"} for i in range(4) for v in LADDER]
-    replies = [{"id": r["id"], "reply": "†Answer: 7" if int(r["id"][1]) < right[r["version"]] else
-                "" if r["version"] == "vision_only" else "†Answer: 8"} for r in rows]
-    write(tmp_path / "data" / "test.jsonl", rows)
-    evaluation.main(["--data", str(tmp_path / "data"), "--replies", write(tmp_path / "r.jsonl", replies),
-                     "--chart", str(tmp_path / "c.png")])
-    result = json.load(open(tmp_path / "r_marked" / "eval.json"))
-    assert result["versions"]["vision_only"] == {"correct": 1, "n": 4, "unparsed": 3}
-    assert result["all"] == pytest.approx((4 + 3 + 2 + 1 + 1) / 20)
-    assert result["gap"] == .75 and result["relative_gap"] == .75
-    assert len(open(tmp_path / "r_marked" / "replies.jsonl").readlines()) == 1 + 24
-    text = evaluation.table({"a": result, "b": result})
-    assert "text_lite" in text and "75.0" in text and "3" in text.splitlines()[-1]
-    evaluation.draw_chart({"a": result, "b": result}, str(tmp_path / "c.png"))
-    assert (tmp_path / "c.png").stat().st_size > 1000
+def test_the_last_4000_characters_are_read():
+    assert is_right("Answer: 6\n" + 4000 * "x" + "\nAnswer: 5")
+    assert not is_right("Answer: 6\n" + 3900 * "x" + "\nAnswer: 5")
+    cut_before_the_word = "This is no Answer: 5" + 3991 * " "
+    assert not is_right(cut_before_the_word)
 
 
-# ---- the public benchmarks: rows in the real formats, written for the test
-def mathverse_rows(text_only=False):
-    """2 problems in the five image versions, or as text only: one with options, one free."""
-    names = ["Text Only"] if text_only else [
-        "Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only"]
-    rows = []
-    for version in names:
-        for p, (question, answer, kind, field) in enumerate((
-                ("How large is x?\nChoices:\nA:40°\nB:60°\nC:120°\nD:140°", "C", "multi-choice", "Angle"),
-                ("Find the area.", "$9 \\pi \\mathrm{cm}^{2}$", "free-form", "Area"))):
-            rows.append({"sample_index": str(len(rows) + 1), "problem_index": str(p),
-                         "problem_version": version, "question_for_eval": question,
-                         "question": "" if version == "Vision Only" else question,
-                         "image": "" if text_only else f"images/{p}.png", "answer": answer,
-                         "question_type": kind,
-                         "metadata": {"subject": "Plane Geometry", "subfield": field},
-                         "query_cot": f"Please reason.\nQuestion: {question}"})
-    return rows
+def test_a_bare_reply_is_short():
+    assert is_right(499 * "a", 499 * "a")
+    assert not is_right(500 * "a", 500 * "a")
 
 
-def mathvista_rows():
-    row = lambda pid, question, **more: {
-        "pid": pid, "question": question, "image": f"images/{pid}.jpg", "choices": None, "unit": None,
-        "precision": None, "question_type": "free_form", "answer_type": "text",
-        "metadata": {"task": "figure question answering", "skills": ["arithmetic reasoning"]}} | more
-    return {r["pid"]: r for r in (
-        row("1", "Is it odd?", choices=["Yes", "No"], answer="No", question_type="multi_choice"),
-        row("2", "How long?", unit="cm", precision=1, answer="1.2", answer_type="float"),
-        row("10", "How many?", answer="4", answer_type="integer",
-            metadata={"task": "math word problem", "skills": ["arithmetic reasoning", "logical reasoning"]}),
-        row("3", "Which three?", answer="[1, 2, 3]", answer_type="list"))}
+@pytest.mark.parametrize("content", [
+    "5 or 6", "5?", "5!", "not 5", "5, I think", "5 6", "5 = 6", "half = 5", "10/2 = 4", "≠ 5",
+    "±5", "|-5|", "5'", "5_2", "5²", "0,5", ".5", "-5", "5-", "5)(", "\\boxed{5}\\pi", "2\\boxed{5}",
+    "5₂", "4 + 1 + 0.0001", "\\boxed{5}\\boxed{5}"])
+def test_a_slot_holds_the_answer_from_end_to_end(content):
+    score = score_answer(f"Answer: {content}", "5", "free")
+    assert not score.match and score.extracted
 
 
-def wemath_rows():
-    """Groups 2steps_1, 2steps_2, 2steps_3, 3stpes_1 (spelled as shipped); the answer is always B."""
-    rows = []
-    for ID, steps in (("2steps_1", 2), ("2steps_2", 2), ("2steps_3", 2), ("3stpes_1", 3)):
-        for key in [*map(str, range(1, steps + 1)), "multi"]:
-            rows.append({"ID": ID, "key": f"{steps}steps_{key}", "question": "a = ( ) m", "answer": "B",
-                         "option": "A. 3, 5;B. 0.5, 50; C. 300, 50.;D. 30, 50; E. No correct answer",
-                         "image_path": f"{steps}steps/image/{ID[-1]}-{key}.png"})
-    return rows
+@pytest.mark.parametrize("found,gold", [
+    ("0.50", "1/2"),
+    ("\\frac{1}{2}", "0.5"),
+    ("½", "0.5"),
+    ("3½", "7/2"),
+    ("2 1/2", "\\frac52"),
+    ("2\\frac{1}{2}", "2.5"),
+    ("$\\dfrac{\\sqrt{3}}{2}$", "\\sqrt{3}/2"),
+    ("√12", "2\\sqrt3"),
+    ("\\sqrt[3]{8}", "2"),
+    ("2^3^2", "512"),
+    ("2^{-1}", "0.5"),
+    ("-2^2", "-4"),
+    ("10⁵", "100000"),
+    ("1.5 × 10^3", "1500"),
+    ("3·4", "12"),
+    ("1,200", "1200"),
+    ("1{,}200", "1200"),
+    ("1\\,200", "1200"),
+    ("−4", "-4"),
+    ("5.", "5"),
+    ("２", "2"),
+    ("\\left(5\\right)", "5"),
+    ("9\\pi", "π(9)"),
+    ("2(x+1)", "2x+2"),
+    ("x(x + 1)", "x^2 + x"),
+    ("1/(x+1)", "(x-1)/(x^2-1)"),
+    ("\\sin(\\pi/6)", "0.5"),
+    ("2\\cos x", "\\cos(x) * 2"),
+    ("\\tan(\\frac{\\pi}{4})", "1"),
+    ("\\log 100 + \\ln 1", "2"),
+    ("5 cm", "5"),
+    ("5", "5\\text{ cm}"),
+    ("5 cm^2", "$5\\mathrm{~cm}^{2}$"),
+    ("5 square centimeters", "5 cm²"),
+    ("5 cubic feet", "5 ft^3"),
+    ("5 inches", "5 in"),
+    ("60^\\circ", "60 degrees"),
+    ("60º", "60^{\\circ}"),
+    ("60掳", "60°"),
+    ("20\\%", "20 percent"),
+    ("\\$5", "5 dollars"),
+    ("$5", "5"),
+    ("€1,200", "1200 euros"),
+    ("£3.50", "3.5"),
+    ("x = 5", "5"),
+    ("5 = x", "x = 5"),
+    ("AB = 5", "5"),
+    ("∠A = 5", "5"),
+    ("m∠ABC = 5", "5"),
+    ("angle B = 5", "5"),
+    ("x_1 = 5", "5"),
+    ("f(x) = 5", "5"),
+    ("5", "5=s"),
+    ("area = 9π", "Area $=9 \\pi \\mathrm{cm}^{2}$"),
+    ("AB = 1.414", "AB = \\sqrt{2}"),
+    ("(4, 0)", "$=(4,0)$"),
+    ("P(4, 0)", "(4.0, 0)"),
+    ("P = (4, 0)", "P(4, 0)"),
+    ("[0, \\infty)", "[0,∞)"),
+    ("(-∞, 1) ∪ (2, 3]", "(-\\infty,1) \\cup (2,3]"),
+    ("x = 1, y = 2", "x=1, y=2.0"),
+    ("(1, 2), (3, 4)", "(1,2),(3,4)"),
+    ("\\{1, 2\\}", "{1,2}"),
+    ("y = 1 + 2x", "$y=2x+1$"),
+    ("2x + 2y = 4", "y = 2 - x"),
+    ("2x > 6", "3 < x"),
+    ("x ≤ 4.0", "x \\leq 4"),
+    ("Even", "even"),
+    ("a  polynomial", "A polynomial"),
+    ("3.142", "\\pi"),
+    ("0.0667", "1/15"),
+    ("3.14159", "3.142"),
+])
+def test_equal_answers(found, gold):
+    assert is_right(f"Answer: {found}", gold)
+    assert is_right(f"Answer: {gold}", found)
 
 
-# Right in the groups: all | composite and one step | steps but not the composite | only the composite
-WEMATH_RIGHT = {"2steps_1": "12m", "2steps_2": "1m", "2steps_3": "12", "3stpes_1": "m"}
+@pytest.mark.parametrize("found,gold", [
+    ("0.67", "2/3"),  # two digits
+    ("0.666", "2/3"),  # not rounded
+    ("3.1", "3.14"),
+    ("22/7", "\\pi"),
+    ("2.9999999999", "3"),
+    ("2x", "x2"),
+    ("x²", "x2"),
+    ("2^3", "2*3"),
+    ("21/2", "2 1/2"),
+    ("1,20", "120"),
+    ("0,500", "500"),
+    ("(1,200)", "1200"),
+    ("0.2 - 0.4", "-0.2"),  # a range
+    ("no", "on"),
+    ("un even", "uneven"),
+    ("even", "odd"),
+    ("x", "5"),
+    ("a", "A"),
+    ("5 cm", "5 m"),
+    ("5 cm", "5 cm^2"),
+    ("5 units", "5 units^2"),
+    ("50%", "50°"),
+    ("5%", "0.05"),
+    ("€5", "£5"),
+    ("1€20", "120"),
+    ("5 ms", "5 m"),
+    ("AB = 5", "CD = 5"),
+    ("r = 5", "Diameter = 5"),
+    ("5", "x >= 5"),
+    ("x >= 5", "5"),
+    ("5", "2x + 1 = 5"),
+    ("6", "2x = 6"),
+    ("9", "x^2 + y^2 = 9"),
+    ("x = x", "x = 5"),
+    ("x^2 = 25", "x = 5"),
+    ("xy = 5x", "y = 5"),
+    ("x ≠ 5", "x = 5"),
+    ("-2x < 6", "x < -3"),
+    ("x > 5", "x >= 5"),
+    ("3 < x < 5", "x < 5"),
+    ("(4, 0]", "(4, 0)"),
+    ("{4, 0}", "(4, 0)"),
+    ("(0, 4)", "(4, 0)"),
+    ("4, 0", "(4, 0)"),
+    ("(1, 2) and (3, 4)", "(1, 2), (3, 4)"),
+    ("[1, [2, 3]]", "[1, 2, 3]"),
+    ("5, 5", "5"),
+    ("P(4, 0)", "Q(4, 0)"),
+    ("(-∞, 4]", "(∞, 4]"),
+    ("√-4", "2"),
+    ("0/0", "0"),
+    ("\\tan(\\pi/2)", "16331239353195370"),
+    ("9^9^9^9", "9"),
+    ("(-8)^(1/3)", "2"),
+])
+def test_unequal_answers(found, gold):
+    assert not is_right(f"Answer: {found}", gold)
+    assert not is_right(f"Answer: {gold}", found)
 
 
-def wemath_replies():
-    return [{"id": f"{r['ID']}/{r['key']}", "reply": "0.5 m and 50 m, so the answer is B."
-             if r["key"][7] in WEMATH_RIGHT[r["ID"]] else "The answer is (C)."} for r in wemath_rows()]
+def test_words_are_a_label_when_the_gold_has_them():
+    assert is_right("Answer: -4", "slope =-4") and is_right("Answer: Slope = -4", "slope =-4")
+    assert not is_right("Answer: slope = -4", "-4")
 
 
-def write(path, content):
-    """JSON for .json, a line each for .jsonl. -> the path as a string"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(r) + "\n" for r in content) if path.suffix == ".jsonl" else json.dumps(content)
-    path.write_text(content if isinstance(content, str) else text)
-    return str(path)
+@pytest.mark.parametrize("reply,mark", [
+    ("1.2", True), ("1.23", True), ("1.15", True), ("6/5", True), ("1.26", False),
+    ("1.1499", False), ("1", False)])
+def test_kind_float_goes_by_the_decimals_of_the_gold(reply, mark):
+    assert is_right(f"Answer: {reply}", "1.2", "float") is mark
 
 
-def marked(tmp_path, benchmark, rows, replies, *flags):
-    """eval.py --replies -> (eval.json, the rows of replies.jsonl without the header)"""
-    data = [write(tmp_path / f"{k}.json", r) for k, r in enumerate(rows)]
-    evaluation.main(["--benchmark", benchmark, "--data", *data, "--out", str(tmp_path / "out"), *flags,
-                     "--replies", write(tmp_path / "r.jsonl", replies), "--chart", str(tmp_path / "c.png")])
-    lines = [json.loads(line) for line in open(tmp_path / "out" / "replies.jsonl")]
-    assert "rule-based: not comparable" in lines[0]["note"] and lines[0]["scorer"] and lines[0]["data_sha256"]
-    return json.load(open(tmp_path / "out" / "eval.json")), lines[1:]
+@pytest.mark.parametrize("content,mark", [
+    ("B", True), ("b", True), ("(B)", True), ("B.", True), ("\\text{B}", True), ("option B", True),
+    ("45°", True), ("45", True), ("B. 45°", True), ("B (45°)", True), ("(B) 45 degrees", True),
+    ("C", False), ("60°", False), ("B. 60°", False), ("C. 45°", False), ("B, C", False),
+    ("B or C", False), ("BC", False), ("not B", False), ("E", False), ("4", False)])
+def test_choices_by_letter_by_text_or_by_both(content, mark):
+    assert is_right(f"Answer: {content}", "B", "choice", ANGLES) is mark
+    assert is_right(content, "45°", "choice_text", ANGLES) is mark
 
 
-def test_wemath_outcomes_by_hand(tmp_path, capsys):
-    """Of 4 groups: one mastered; one right with one step (strict RM, loose CM); one IG; one right by rote."""
-    result, lines = marked(tmp_path, "wemath", [wemath_rows()], wemath_replies())
-    assert result["strict"] == {"score": (1 + .5) / 4, "IK": 0, "IG": .25, "CM": .25, "RM": 2 / 3}
-    assert result["loose"] == {"score": (2 + .5) / 4, "IK": 0, "IG": .25, "CM": .5, "RM": 1 / 3}
-    assert result["groups"]["S1"] == {"correct": 5, "n": 9, "unparsed": 0}
-    assert result["groups"]["S2"]["correct"] == 2 and result["groups"]["S3"]["n"] == 1
-    assert lines[0] == {"id": "2steps_1/2steps_1", "reply": "0.5 m and 50 m, so the answer is B.",
-                        "match": True,
-                        "prompt": wemath_rows()[0]["question"] + "\n" + wemath_rows()[0]["option"],
-                        "extracted": "B", "rule": "answer phrase"}
-    assert "rule-based: not comparable" in capsys.readouterr().out
+def test_texts_and_letters_of_options():
+    assert not is_right("Answer: 45", "B", "choice", AREAS)  # equal to two options
+    assert is_right("Answer: 45 cm²", "B", "choice", AREAS)
+    letters = ["B", "A"]
+    assert is_right("Answer: A", "A", "choice_text", letters)  # the text counts first
+    assert is_right("Answer: A", "A", "choice", letters)  # here the letter does
+    assert not is_right("Answer: E", "E", "choice", ANGLES)  # there is no fifth one
+    assert is_right("Answer: (D)", "D", "choice")  # options that nobody knows
+    assert is_right("Answer: False", "False", "choice", [])
 
 
-def test_wemath_counts_only_complete_groups(tmp_path, capsys):
-    """--limit 4 ends within the second group; IK: composite and a step wrong."""
-    wrong = [r | {"reply": "The answer is A."} for r in wemath_replies()]
-    result, _ = marked(tmp_path, "wemath", [wemath_rows()], wrong, "--limit", "4")
-    assert result["complete_groups"] == 1 and result["groups"] == {
-        "S1": {"correct": 0, "n": 2, "unparsed": 0}, "S2": {"correct": 0, "n": 1, "unparsed": 0}}
-    assert result["strict"]["IK"] == result["loose"]["IK"] == 1 and result["strict"]["RM"] == 0
-    assert "complete groups" in capsys.readouterr().out
+@pytest.mark.parametrize("frame", [
+    "Answer: {}", "†Answer: {}", "$\\boxed{{{}}}$", "The answer is {}", "{}"])
+@pytest.mark.parametrize("gold,kind,choices", [
+    ("Area $=9 \\pi \\mathrm{cm}^{2}$", "free", None),
+    ("$1200 \\pi \\mathrm{mm}^{2}$", "free", None),
+    ("$-1 \\leq x<3$", "free", None),
+    ("$y=-2|x|+3$", "free", None),
+    ("(-3,0),(1,0)", "free", None),
+    ("$\\left(\\frac{1}{2}, 3\\right)$", "free", None),
+    ("Independent: number of guests", "free", None),
+    ("5\n5", "free", None),
+    ("(C)", "choice", ANGLES),
+    ("[1, 2]", "list", None),
+    ("4πcm", "choice_text", ["2πcm", "4πcm"]),
+    ("0.2 - 0.4", "choice_text", ["0.0 - 0.2", "0.2 - 0.4"]),
+    ("quarter", "choice_text", ["quarter to", "quarter"]),
+])
+def test_golds_in_the_spelling_of_the_public_files(gold, kind, choices, frame):
+    assert is_right(frame.format(gold.split("\n")[0]), gold, kind, choices)
 
 
-def test_mathverse_by_version_and_subject(tmp_path):
-    """Both files at once; the option's text counts; the mean is over the five image versions."""
-    rows, text = mathverse_rows(), mathverse_rows(text_only=True)
-    replies = [{"id": r["sample_index"], "reply": "120 degrees" if r["answer"] == "C" else
-                ("†Answer: 9π" if r["problem_version"] == "Text Lite" else "9")} for r in rows]
-    replies += [{"id": "text_only/1", "reply": "C"}, {"id": "text_only/2", "reply": "900π mm^2"}]
-    result, _ = marked(tmp_path, "mathverse", [rows, text], replies)
-    assert result["versions"]["text_only"] == {"correct": 2, "n": 2, "unparsed": 0}
-    assert result["all"] == pytest.approx((4 * .5 + 1) / 5) and result["gap"] == 0
-    assert result["groups"]["subfield: Plane Geometry, Angle"] == {"correct": 5, "n": 5, "unparsed": 0}
-    assert result["groups"]["subject: Plane Geometry"] == {"correct": 6, "n": 10, "unparsed": 0}
-    assert result["groups"]["text only, subject: Plane Geometry"]["n"] == 2
-    assert (tmp_path / "c.png").stat().st_size > 1000
+def test_two_different_golds_cannot_both_be_said():
+    assert score_answer("Answer: C", "C\nD", "choice", ANGLES) == (False, "C", "line")
 
 
-def test_mathvista_by_task_and_skill(tmp_path, capsys):
-    """Missing replies are wrong, and said so; ids are in order; prompts show choices, unit and precision."""
-    replies = [{"id": "1", "reply": "(B)"}, {"id": "2", "reply": "It is 1.24 cm."},
-               {"id": "10", "reply": "5"}]
-    result, lines = marked(tmp_path, "mathvista", [mathvista_rows()], replies)
-    out = capsys.readouterr().out
-    assert "1 of 4 ids have no reply, '3' first: counted as wrong" in out and "shows the choices" not in out
-    assert "the prompts show the choices, the released Math-PUMA code withholds them" in out
-    assert result["groups"]["ALL"] == {"correct": 2, "n": 4, "unparsed": 1} and result["unparsed"] == 1
-    assert result["groups"]["skill: logical reasoning"] == {"correct": 0, "n": 1, "unparsed": 0}
-    assert result["groups"]["task: figure question answering"]["correct"] == 2
-    assert [r["id"] for r in lines] == ["1", "2", "10"]
-    args = evaluation.parse_args(["m", "--benchmark", "mathvista", "--data", str(tmp_path / "0.json")])
-    assert [item["id"] for item in evaluation.load_items(args)[0]] == ["1", "2", "3", "10"]  # there: 1 2 10 3
-    assert "(A) Yes\n(B) No" in lines[0]["prompt"]
-    assert "(Unit: cm)" in lines[1]["prompt"] and "1 decimal place" in lines[1]["prompt"]
-
-
-def test_marks_can_be_marked_again(tmp_path):
-    """Our own replies.jsonl, with its header, is a file of replies too, and gives the same file again."""
-    marked(tmp_path, "wemath", [wemath_rows()], wemath_replies())
-    first = (tmp_path / "out" / "replies.jsonl").read_bytes()
-    evaluation.main(["--benchmark", "wemath", "--data", str(tmp_path / "0.json"),
-                     "--replies", str(tmp_path / "out" / "replies.jsonl"), "--out", str(tmp_path / "again")])
-    assert (tmp_path / "again" / "replies.jsonl").read_bytes() == first
-    with pytest.raises(SystemExit, match="would overwrite"):
-        evaluation.main(["--benchmark", "wemath", "--data", str(tmp_path / "0.json"), "--out",
-                         str(tmp_path / "out"), "--replies", str(tmp_path / "out" / "replies.jsonl")])
-
-
-@pytest.mark.parametrize("option,options", [
-    ("A. 300, 400;B. 400, 300; C. 3.5; E. none", None), ("A. 0.7; B. .5", ["0.7", ".5"]),
-    ("A. 300, 400;B. 400, 300;C. D. 4; E. none", None), ("", None), ("B. 1; A. 2", None),
-    ("A:40°\nB:60°", ["40°", "60°"]), ("A. 30, 50.; B. No correct answer", ["30, 50", "No correct answer"])])
-def test_options_in(option, options):
-    assert evaluation.options_in(option) == options
-
-
-WE = wemath_rows()
-BAD = {  # file name: (content of the data file, of the replies file, words of the message)
-    "unknown id": (WE, [{"id": "9steps_1/x", "reply": ""}], "no id '9steps_1/x' in .*0.json"),
-    "duplicate reply": (WE, [wemath_replies()[0]] * 2, r"r.jsonl:2: .*no id may come twice"),
-    "reply no string": (WE, [{"id": "1", "reply": 5}], r"r.jsonl:1: .*have to be strings"),
-    "reply missing": (WE, [{"id": "1"}], r"r.jsonl:1: KeyError\('reply'\)"),
-    "reply no object": (WE, "[1]\n", r"r.jsonl:1: "),
-    "torn line": (WE, '{"id": "1", "re', r"r.jsonl:1: JSON"),
-    "deep line": (WE, "[" * 100_000 + "\n", r"r.jsonl:1: Recursion"),
-    "empty replies": (WE, "", "holds no replies"),
-    "not JSON": ("{", wemath_replies(), r"0.json: .*: name the testmini.json of wemath with --data"),
-    "empty data": ([], wemath_replies(), "0.json has no rows"),
-    "number": (5, [], "0.json: .*not iterable: name"),
-    "other benchmark": (mathvista_rows(), wemath_replies(), r"0.json: row 1 is malformed \(KeyError\('ID'\)"),
-    "no answer": ([WE[0] | {"answer": None}], wemath_replies(), "row 1 is malformed .*no answer"),
-    "no step": ([WE[0] | {"key": "2steps_3"}], wemath_replies(), "row 1 is malformed .*no step"),
-    "duplicate row": ([WE[0]] * 2, wemath_replies(), "row 2: id '2steps_1/2steps_1' is there twice"),
+HOSTILE = {
+    "brackets": 100_000 * "(",
+    "brackets that close": "Answer: " + 90 * "(" + "5" + 90 * ")",
+    "answers": 14_000 * "Answer:",
+    "one answer, often": 10_000 * "Answer: 6\n",
+    "many answers": "".join(f"Answer: {k}\n" for k in range(10_000)),
+    "open fractions": "Answer: " + 15_000 * "\\frac{",
+    "fractions": "Answer: " + 400 * "\\frac{1}{" + "2" + 400 * "}",
+    "boxes": 14_000 * "\\boxed{",
+    "boxes in boxes": "= " + 390 * "\\boxed{x{}",
+    "a tower": "Answer: 9^9^9^9",
+    "a long tower": "Answer: (((((9^64)^64)^64)^64)^64)",
+    "a tower of almost 1": "Answer: ((((1.0000001^64)^64)^64)^64)^64",
+    "a tower of almost 0": "Answer: ((((1/9)^64)^64)^64)^64",
+    "line ends": "Answer" + 100_000 * "\n",
+    "spaces": "Answer." + 100_000 * " " + "x",
+    "accents": "Answer: a" + 3_900 * "\u0301",
+    "superscripts": "Answer: " + 3_900 * "²",
+    "commas": "Answer: " + 1_900 * "1,",
+    "thousands": "Answer: 1" + 900 * ",111",
+    "digits": "Answer: " + 3_900 * "9",
+    "numbers": "Answer: " + 1_900 * "1 ",
+    "tags": 12_000 * "<answer>",
+    "thoughts": 14_000 * "<think>",
+    "is": 33_000 * "is ",
+    "equal signs": 100_000 * "=",
+    "labels": "Answer: " + 1_900 * "x=",
+    "so": 30_000 * "so " + "the answer",
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_input_is_one_clear_line(fault, tmp_path):
-    data, replies, words = BAD[fault]
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_costs_no_time(name):
+    """0.1 s at most, the fastest of three: the machine may be busy."""
+    for kind, gold, choices in (("free", "5", None), ("choice", "B", [*ANGLES, "x^2+1"])):
+        seconds = []
+        for _ in range(3):
+            evaluation.number.cache_clear()
+            evaluation.option_named.cache_clear()
+            begun = time.perf_counter()
+            if name != "brackets that close":
+                assert not is_right(HOSTILE[name], gold, kind, choices)
+            seconds.append(time.perf_counter() - begun)
+        assert min(seconds) < 0.1
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows and replies
+
+def problem(**changes):
+    row = {"id": "1", "image_url": "", "instruction": "2 + 3?", "answer": "5", "kind": "free"}
+    return row | changes
+
+
+def mark_file(folder, rows, replies, *flags):
+    """Rows and replies through the command. -> eval.json, rows of replies.jsonl"""
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / "test.jsonl", rows)
+    path = write_rows(folder / "r.jsonl", replies)
+    evaluation.main(["--replies", path, "--data", str(folder), *flags])
+    out = folder / "r_marked"
+    if "--limit" in flags:
+        out = out / f"limit-{flags[-1]}"
+    return model.read_json(out, "eval.json"), read_jsonl(out / "replies.jsonl")
+
+
+RIGHT = {"id": "1", "reply": "Answer: 5"}
+OPTIONS = {"kind": "choice_text", "choices": ["4", "6"]}
+FAULTS = {  # (rows, replies, words of the message)
+    "unknown id": ([problem()], [RIGHT | {"id": "7"}], "r.jsonl:1: --data has no .* id '7'"),
+    "repeated reply": ([problem()], [RIGHT, RIGHT], "r.jsonl:2: the id '1' a second time"),
+    "no reply": ([problem()], [{"id": "1"}], "r.jsonl:1: field 'reply' is missing"),
+    "number as id": ([problem()], [RIGHT | {"id": 1}], "r.jsonl:1: field 'id' is missing or not"),
+    "no replies": ([problem()], [], "r.jsonl: no rows"),
+    "half a line": ([problem()], ['{"id": "1", "re'], "r.jsonl:1: "),
+    "deep line": ([problem()], [50_000 * "["], "r.jsonl:1: "),
+    "repeated row": ([problem(), problem()], [RIGHT], "test.jsonl:2: the id '1' a second time"),
+    "kind": ([problem(kind="text")], [RIGHT], "test.jsonl:1: kind 'text' is not one of choice, "),
+    "no answer": ([problem(answer=" ")], [RIGHT], "test.jsonl:1: field 'answer' is empty"),
+    "number as answer": ([problem(answer=5)], [RIGHT], "test.jsonl:1: field 'answer' is missing"),
+    "no such choice": ([problem(**OPTIONS)], [RIGHT], "test.jsonl:1: the answer is none of"),
+    "no choices": ([problem(kind="choice_text")], [RIGHT], "test.jsonl:1: the answer is none of"),
+    "version": ([problem(version="vision")], [RIGHT], "test.jsonl:1: version 'vision' is not one"),
+    "picture": ([problem(image_url="x.png")], [RIGHT], "test.jsonl:1: picture x.png is no file"),
+    "no rows": ([], [RIGHT], "test.jsonl: no rows"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_marked_is_one_clear_line(fault, tmp_path):
+    rows, replies, words = FAULTS[fault]
     with pytest.raises(SystemExit, match=words) as stopped:
-        marked(tmp_path, "wemath", [data], replies)
-    assert "\n" not in str(stopped.value) and not (tmp_path / "out").exists()
+        mark_file(tmp_path / "data", rows, replies)
+    assert "\n" not in str(stopped.value) and not (tmp_path / "data" / "r_marked").exists()
 
 
-def test_absent_files_and_models():
-    with pytest.raises(SystemExit, match="no.json"):
-        evaluation.main(["--benchmark", "wemath", "--data", "no.json", "--replies", "x.jsonl"])
-    for flags in ([], ["m", "--replies", "x"]):
-        with pytest.raises(SystemExit) as stopped:
-            evaluation.main(flags)
-        assert stopped.value.code == 2
+@pytest.mark.parametrize("name", ["../p.png", "link.png", "link/p.png", "/etc/hostname"])
+def test_pictures_outside_of_the_folder_are_refused(name, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    save_picture(tmp_path / "p.png")
+    os.symlink(tmp_path / "p.png", folder / "link.png")
+    os.symlink(tmp_path, folder / "link")
+    with pytest.raises(SystemExit, match="is no file inside"):
+        mark_file(folder, [problem(image_url=name)], [RIGHT])
 
 
-# ---- a model at work
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(SystemExit, match="x/test.jsonl does not exist: run `python data_gen.py`"):
+        evaluation.main([TINY, "--data", str(tmp_path / "x")])
+    write_rows(tmp_path / "test.jsonl", [problem()])
+    with pytest.raises(SystemExit, match="r.jsonl does not exist"):
+        evaluation.main(["--replies", str(tmp_path / "r.jsonl"), "--data", str(tmp_path)])
+
+
+@pytest.mark.parametrize("flags", [
+    "", "m --replies r", "--replies r --ask Why?", "--replies r --show 0", "m --picture p.png",
+    "m --limit 0", "m --batch_size 0", "m --max_new_tokens 0", "m --show -1"])
+def test_flags_that_contradict_each_other(flags):
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(flags.split())
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("mark", [
+    "</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_utterance>"])
+def test_a_reply_ends_at_its_first_end_mark(mark, tmp_path):
+    reply = f"Answer: 5{mark}{mark}\nuser\nAnswer: 6{mark}"
+    result, [line] = mark_file(tmp_path, [problem()], [{"id": "1", "reply": reply}])
+    assert line["reply"] == "Answer: 5" and result["groups"]["all rows"]["correct"] == 1
+
+
+def test_what_is_kept_of_a_reply(tmp_path):
+    _, [line] = mark_file(tmp_path, [problem()], [{"id": "1", "reply": "The answer is $6$."}])
+    assert line == {"id": "1", "prompt": "2 + 3?", "reply": "The answer is $6$.", "match": False,
+                    "extracted": "6", "rule": "line"}
+
+
+def test_missing_replies_are_wrong_and_counted(tmp_path, capsys):
+    rows = [problem(), problem(id="2"), problem(id="3")]
+    result, lines = mark_file(tmp_path, rows, [RIGHT])
+    assert "2 of 3 rows have no reply, '2' first: all wrong" in capsys.readouterr().out
+    assert result["missing"] == 2 and [line["match"] for line in lines] == [True, False, False]
+    assert result["groups"] == {"all rows": {"correct": 1, "n": 3, "unparsed": 2}}
+    assert result["unparsed"] == 2
+
+
+def test_a_line_for_each_group(tmp_path, capsys):
+    """A row counts in all of its groups; unparsed replies are told from wrong ones."""
+    rows = [problem(groups=["b", "a"]), problem(id="2", groups=["b"]), problem(id="3")]
+    replies = [RIGHT, {"id": "2", "reply": "It is 5, I think."}, {"id": "3", "reply": "6"}]
+    result, _ = mark_file(tmp_path, rows, replies)
+    assert result["groups"]["a"] == {"correct": 1, "n": 1, "unparsed": 0}
+    assert result["groups"]["b"] == {"correct": 1, "n": 2, "unparsed": 1}
+    assert result["groups"]["all rows"] == {"correct": 1, "n": 3, "unparsed": 1}
+    assert result["versions"] == {} and result["all"] is None
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "accuracy in % [95 % interval]"
+    labels = [line.split("(")[0].strip() for line in lines[2:5]]
+    assert labels == ["a", "all rows", "b"] and "b (n=2)" in lines[4]
+    assert lines[5].split() == ["unparsed", "1"]
+    assert lines[6] == "rule-based: not comparable with judge-based papers"
+    assert not (tmp_path / "r_marked" / "accuracy.png").exists()
+
+
+def test_versions_the_gap_and_the_picture(tmp_path, capsys):
+    """Rows of another benchmark with versions: 1 of 2 right in TD, none in VO, both in one more."""
+    rows = []
+    replies = []
+    wrong = {("text_dominant", 0), ("vision_only", 0), ("vision_only", 1)}
+    for version in ("text_only", "text_dominant", "text_lite", "vision_only"):
+        for k in range(2):
+            name = f"{version}/{k}"
+            rows.append(problem(id=name, version=version, groups=["x"]))
+            replies.append({"id": name, "reply": "6" if (version, k) in wrong else "5"})
+    result, _ = mark_file(tmp_path, rows, replies)
+    assert list(result["versions"]) == ["text_only", "text_dominant", "text_lite", "vision_only"]
+    assert result["versions"]["text_dominant"] == {"correct": 1, "n": 2, "unparsed": 0}
+    assert result["all"] == 0.5  # without text_only
+    assert result["gap"] == 0.5 and result["relative_gap"] == 1.0
+    assert result["groups"] == {"x": {"correct": 5, "n": 8, "unparsed": 0}}
+    out = capsys.readouterr().out
+    assert "accuracy in %, 2 problems a version [95 % interval]" in out
+    assert "rule-based: not comparable" in out
+
+    picture = Image.open(tmp_path / "r_marked" / "accuracy.png")
+    shade = evaluation.SHADES[0]
+    for k, share in enumerate((1, 0.5, 1, 0)):
+        x = evaluation.LEFT + 30 + 120 * k
+        for height in (0.1, 0.4, 0.6, 0.9):
+            color = "#%02x%02x%02x" % picture.getpixel((x, round(evaluation.level(height))))
+            assert (color == shade) == (height < share)
+
+
+def test_no_gap_without_both_ends(tmp_path):
+    rows = [problem(version="text_dominant")]
+    result, _ = mark_file(tmp_path, rows, [RIGHT])
+    assert result["gap"] is None and result["relative_gap"] is None
+    rows.append(problem(id="2", version="vision_only"))
+    result, _ = mark_file(tmp_path, rows, [{"id": "2", "reply": "5"}])
+    assert result["gap"] == -1 and result["relative_gap"] is None  # nothing to divide by
+
+
+def test_wilson_intervals():
+    """Against the table of Wilson's interval: 0 of 10, 5 of 10, 10 of 10."""
+    for correct, low, high in ((0, 0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1)):
+        interval = evaluation.interval({"correct": correct, "n": 10})
+        assert interval == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_column_for_each_model():
+    counted = {"correct": 1, "n": 4, "unparsed": 2}
+    result = {"versions": {"text_only": counted}, "all": None, "gap": None, "relative_gap": None,
+              "groups": {}, "unparsed": 2}
+    lines = evaluation.table({"m": result, "long/" + 30 * "m": result}).splitlines()
+    assert lines[1].split() == ["m", "long/" + 30 * "m"]
+    assert lines[2].split() == ["text_only", *2 * ["25.0", "[", "4.6,", "69.9]"]]
+    assert lines[3].split()[-2:] == ["-", "-"] and lines[-1].split() == ["unparsed", "2", "2"]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_a_part_never_takes_the_place_of_all(tmp_path):
+    rows = [problem(), problem(id="2")]
+    replies = [RIGHT, {"id": "2", "reply": "6"}]
+    whole, _ = mark_file(tmp_path, rows, replies)
+    part, lines = mark_file(tmp_path, rows, replies, "--limit", "1")
+    assert part["groups"]["all rows"]["n"] == 1 and len(lines) == 1
+    assert model.read_json(tmp_path / "r_marked", "eval.json") == whole
+
+
+# --------------------------------------------------------------------------------------------------
+# A model at work.  What it says does not matter here.
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """6 test problems in their versions, as data and as a We-Math file."""
+    """2 test problems in six versions, and a model."""
     folder = tmp_path_factory.mktemp("small")
-    data_gen.main(["--out", str(folder / "data"), "--n", "1", "--n_test", "6"])
-    shutil.copytree(TINY, folder / "model",
-                    ignore=shutil.ignore_patterns("*.py", "*.md", "eval*", "replies*"))
+    data_gen.main(["--out", str(folder / "data"), "--n", "1", "--n_test", "2"])
+    ignored = shutil.ignore_patterns("*.py", "*.md", "eval*", "*.jsonl")
+    shutil.copytree(TINY, folder / "model", ignore=ignored)
     return folder
 
 
-def run_on(small, folder, *flags):
-    if not folder.exists():
-        shutil.copytree(small / "model", folder)
-    evaluation.main([str(folder), "--data", str(small / "data"), "--chart", str(folder / "c.png"), *flags])
-    return (folder / "replies.jsonl").read_bytes()
+@pytest.fixture
+def run(small, tmp_path, monkeypatch):
+    """A folder with a model and data of its own, and how many rows were decoded so far."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small / "model", "m")
+    shutil.copytree(small / "data", "data")
+    decoded = []
+    generate = model.VLM.generate
+
+    def counted(self, batch, *rest):
+        decoded.extend(batch.input_ids)
+        return generate(self, batch, *rest)
+
+    monkeypatch.setattr(model.VLM, "generate", counted)
+
+    def evaluate(*flags):
+        """-> (bytes of replies.jsonl, rows decoded by this run)"""
+        before = len(decoded)
+        evaluation.main(["m", "--max_new_tokens", "4", *flags])
+        with open("m/replies.jsonl", "rb") as f:
+            return f.read(), len(decoded) - before
+
+    return evaluate
 
 
 def test_batches_do_not_change_replies(small, tmp_path):
-    """float32: left padding and company change nothing; one by one, in fives and all at once are the same."""
-    flags = "--limit", "2", "--max_new_tokens", "16", "--batch_size"
-    one, five, all_ = (run_on(small, tmp_path / size, *flags, size) for size in ("1", "5", "100"))
-    assert one == five == all_
-    ids = [json.loads(line)["id"] for line in one.decode().splitlines()[1:]]
-    assert ids == [f"test-{i:06d}/{v}" for i in range(2) for v in LADDER]
+    """float32: left padding and company change nothing."""
+    said = []
+    problems = evaluation.load_problems(str(small / "data"))
+    for size in ("1", "5", "100"):
+        args = evaluation.parse_args(["m", "--batch_size", size, "--max_new_tokens", "16"])
+        vlm, tokenizer = model.load_vlm(str(small / "model"))
+        pairs = evaluation.generate_replies(vlm, tokenizer, problems.values(), args)
+        said.append({row["id"]: reply for row, reply in pairs})
+    assert said[0] == said[1] == said[2] and len(said[0]) == 12
 
 
-def test_a_killed_run_continues(small, tmp_path, monkeypatch, capsys):
-    """Finished items are not decoded again, a torn line is dropped, the final file is the same bytes."""
-    flags = ("--max_new_tokens", "8", "--batch_size", "10")
-    whole, done, generate = run_on(small, tmp_path / "whole", *flags), [], model.VLM.generate
+def test_decoding_drops_special_tokens(small):
+    problems = evaluation.load_problems(str(small / "data"))
+    args = evaluation.parse_args(["m"])
+    vlm, tokenizer = model.load_vlm(str(small / "model"))
+    for _, reply in evaluation.generate_replies(vlm, tokenizer, problems.values(), args):
+        assert not any(token in reply for token in tokenizer.all_special_tokens)
 
-    def counted(self, batch, *rest):
-        if len(done) == 2:
-            done.append(0)
-            assert len(path.read_bytes().splitlines()) == 1 + 20  # flushed: kill -9 closes no file
+
+def test_the_builtin_problems(run, capsys):
+    run()
+    result = model.read_json("m", "eval.json")
+    assert list(result) == [
+        "versions", "all", "gap", "relative_gap", "groups", "unparsed", "missing"]
+    assert list(result["versions"]) == list(LADDER) and result["groups"] == {}
+    assert os.path.exists("out/accuracy.png")
+    assert "rule-based" not in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on(run, monkeypatch):
+    whole, n_rows = run()
+    assert n_rows == 12
+    [kept] = [name for name in os.listdir("m") if name.startswith("decoded-")]
+    assert run() == (whole, 0)  # nothing is left to decode
+
+    with open(f"m/{kept}", "rb") as f:
+        lines = f.readlines()
+    with open(f"m/{kept}", "wb") as f:
+        f.writelines(lines[:5])
+        f.write(lines[5][:9])  # killed while it wrote
+    os.remove("m/replies.jsonl")
+    assert run() == (whole, 7)
+
+
+def test_replies_are_kept_as_soon_as_they_are_there(run, monkeypatch):
+    counted = model.VLM.generate
+    seen = []
+
+    def killed(self, batch, *rest):
+        if seen:
+            [kept] = [name for name in os.listdir("m") if name.startswith("decoded-")]
+            seen.append(len(read_jsonl(f"m/{kept}")))
             raise KeyboardInterrupt
-        done.append(len(batch.input_ids))
-        return generate(self, batch, *rest)
-    monkeypatch.setattr(model.VLM, "generate", counted)
-    path = tmp_path / "killed" / "replies.jsonl"
+        seen.append(0)
+        return counted(self, batch, *rest)
+
+    monkeypatch.setattr(model.VLM, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_on(small, tmp_path / "killed", *flags)
-    with open(path, "a") as f:
-        f.write('{"id": "test-000005/text_on')
-    assert run_on(small, tmp_path / "killed", *flags) == whole and sum(done) == 36
-    done.clear()
-    assert run_on(small, tmp_path / "killed", *flags) == whole and not done  # nothing left to decode
-    assert run_on(small, tmp_path / "killed", *flags, "--limit", "1") == whole and not done  # nothing is lost
-    assert json.load(open(tmp_path / "killed" / "eval.json"))["versions"]["text_only"]["n"] == 1
-    capsys.readouterr()
-    run_on(small, tmp_path / "killed", "--max_new_tokens", "4", "--batch_size", "100")
-    assert "has another max_new_tokens: decoding anew" in capsys.readouterr().out and sum(done) == 36
-    assert (tmp_path / "killed" / "replies.jsonl.old").read_bytes() == whole
+        run("--batch_size", "5")
+    assert seen == [0, 5]
+    monkeypatch.setattr(model.VLM, "generate", counted)
+    assert run()[1] == 7
 
 
-def test_eval_json_of_the_builtin_benchmark(small, tmp_path):
-    run_on(small, tmp_path / "m", "--max_new_tokens", "2")
-    assert list(json.load(open(tmp_path / "m" / "eval.json"))) == [
-        "benchmark", "versions", "all", "gap", "relative_gap", "seconds"]
+def test_changed_flags_and_files_lose_no_reply(run):
+    whole, _ = run()
+    assert run("--max_new_tokens", "3")[1] == 12
+    assert run() == (whole, 0)  # still there
+
+    rows = read_jsonl("data/test.jsonl")
+    rows[0] |= {"answer": "another", "kind": "free"}
+    with open("data/test.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    assert run()[1] == 0  # marked anew, not decoded anew
+
+    picture = "data/" + rows[1]["image_url"]
+    save_picture(picture)
+    assert run()[1] == 12
+
+    rows[0]["instruction"] += " Please."
+    with open("data/test.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    assert run()[1] == 12
+
+    config = model.read_json("m", "vlm.json")
+    model.write_json(config | {"after_image": " "}, "m", "vlm.json")
+    assert run()[1] == 12
 
 
-def test_a_public_benchmark_with_a_model(small, tmp_path):
-    """Pictures are all looked for before anything is decoded, and only inside of their folder."""
-    folder, data = tmp_path / "m", write(tmp_path / "set" / "testmini.json", wemath_rows())
-    shutil.copytree(small / "model", folder)
-    command = [str(folder), "--benchmark", "wemath", "--data", data, "--max_new_tokens", "2"]
-    with pytest.raises(SystemExit, match="2steps_1/2steps_1: picture .*1-1.png does not exist: .* --images"):
-        evaluation.main(command)
-    for row in wemath_rows():
-        path = tmp_path / "pictures" / row["image_path"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (20, 20), 255).save(path)
-    evaluation.main([*command, "--images", str(tmp_path / "pictures")])
-    assert json.load(open(folder / "wemath" / "eval.json"))["complete_groups"] == 4
-    assert len(open(folder / "wemath" / "replies.jsonl").readlines()) == 14
-    for name in ("../pictures/x.png", str(tmp_path / "pictures" / "x.png"), "a\\..\\x.png"):
-        write(tmp_path / "set" / "testmini.json", [wemath_rows()[0] | {"image_path": name}])
-        with pytest.raises(SystemExit, match="lies outside"):
-            evaluation.main([*command, "--images", str(tmp_path / "pictures")])
+def test_limit_writes_elsewhere(run):
+    whole, _ = run()
+    before = model.read_json("m", "eval.json")
+    os.remove("out/accuracy.png")
+    assert run("--limit", "7") == (whole, 0)
+    assert model.read_json("m", "eval.json") == before
+    part = model.read_json("m", "limit-7", "eval.json")
+    assert [counted["n"] for counted in part["versions"].values()] == [2, 1, 1, 1, 1, 1]
+    assert not os.path.exists("out/accuracy.png") and os.path.exists("m/limit-7/accuracy.png")
 
 
-def test_show(small, capsys):
-    evaluation.main([str(small / "model"), "--data", str(small / "data"), "--show", "0",
-                     "--max_new_tokens", "8"])
+def test_other_rows_write_elsewhere(run, capsys):
+    whole, _ = run()
+    os.mkdir("other")
+    write_rows(Path("other/test.jsonl"), [problem()])
+    assert run("--data", "other") == (whole, 1)
+    assert model.read_json("m", "other", "eval.json")["groups"]["all rows"]["n"] == 1
+    assert "rule-based: not comparable" in capsys.readouterr().out
+
+
+def test_ask_with_and_without_a_picture(run, capsys):
+    save_picture("mine.png", 300)
+    evaluation.main(["m", "--ask", "Find angle EGH.", "--picture", "mine.png"])
+    evaluation.main(["m", "--ask", "Find angle EGH."])
     out = capsys.readouterr().out
-    assert all(f"\n{version}: " in out for version in LADDER) and "found by the rule" in out
+    assert "m: Find angle EGH.  [mine.png]\n  " in out
+    assert "m: Find angle EGH.  [no picture]\n  " in out
+    with pytest.raises(SystemExit, match="--ask: picture no.png cannot be read"):
+        evaluation.main(["m", "--ask", "Find angle EGH.", "--picture", "no.png"])
 
 
-def test_readme_shows_the_wemath_table(tmp_path, monkeypatch, capsys):
-    """The pasted table is what the command above it prints for the rows and replies of this file."""
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "testmini.json", wemath_rows())
-    write(tmp_path / "replies.jsonl", wemath_replies())
-    evaluation.main("--benchmark wemath --data testmini.json --replies replies.jsonl".split())
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        pasted = re.search(r"<!-- wemath -->\n```\n(.*?)\n```\n<!-- /wemath -->", f.read(), re.S)
-    assert pasted and pasted[1] == capsys.readouterr().out.strip()
+def test_ask_shows_the_picture_to_the_model(run, monkeypatch):
+    save_picture("mine.png")
+    seen = []
+
+    def generate(self, batch, *rest):
+        seen.append(batch)
+        return batch.input_ids[:, :0]
+
+    monkeypatch.setattr(model.VLM, "generate", generate)
+    evaluation.main(["m", "--ask", "Find angle EGH.", "--picture", "mine.png"])
+    expected = model.load_image("mine.png", seen[0].pixel_values.shape[-1])
+    assert (seen[0].pixel_values[0] == expected).all()
 
 
-def test_gold_answers_of_the_real_files_score_100(tmp_path):
-    """Through the command: every row of the shipped samples, its gold answer as the reply."""
-    if not os.path.isdir(BENCHMARKS):
-        pytest.skip("no benchmark files here; name their folder in BENCHMARKS")
-    for name, file in (("mathverse", "mathverse_testmini_text_only"), ("mathvista", "mathvista_testmini"),
-                       ("wemath", "wemath_testmini")):
-        path = os.path.join(BENCHMARKS, f"{file}.sample.json")
-        items, _ = evaluation.load_items(evaluation.parse_args(["m", "--benchmark", name, "--data", path]))
-        replies = write(tmp_path / f"{name}.jsonl", [{"id": i["id"], "reply": i["answer"]} for i in items])
-        evaluation.main(["--benchmark", name, "--data", path, "--replies", replies,
-                         "--chart", str(tmp_path / "c.png")])
-        rows = [json.loads(line) for line in open(tmp_path / f"{name}_marked" / "replies.jsonl")][1:]
-        assert len(rows) == {"mathverse": 40, "mathvista": 40, "wemath": 38}[name]
-        assert [r["id"] for r in rows if not r["match"]] == []
-        # Options of the rows: each text names its own letter, unless two options are alike.
-        for item in items:
-            for k, option in enumerate(item["choices"] or ()):
-                reply = f"The answer is {option}."
-                score = score_answer(reply, item["answer"], item["kind"], item["choices"])
-                letter = item["answer"]
-                if item["kind"] != "choice":
-                    letter = "ABCDEFGH"[item["choices"].index(item["answer"])]
-                assert not score.match or "ABCDEFGH"[k] == letter, (item["id"], option)
+def test_show(run, capsys):
+    evaluation.main(["m", "--show", "1"])
+    out = capsys.readouterr().out
+    for row in read_jsonl("data/test.jsonl")[6:]:
+        picture = row["image_url"] or "no picture"
+        assert f"\n{row['id']}: {row['instruction']}  [{picture}]\n" in out
+    assert out.count("found by the rule") == 6
+    with pytest.raises(SystemExit, match="--show 2: test problems are 0 to 1"):
+        evaluation.main(["m", "--show", "2"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss curve
+
+def drawn_at(out, curve, step, last_step, loss):
+    """Whether loss.png has the shade of a curve where a loss belongs."""
+    scale = (evaluation.RIGHT - evaluation.LEFT) / last_step
+    height = {0.001: 0, 0.01: 0.25, 0.1: 0.5, 1: 0.75, 10: 1}[loss]
+    place = (round(evaluation.LEFT + scale * step), round(evaluation.level(height)))
+    color = "#%02x%02x%02x" % Image.open(out / "loss.png").getpixel(place)
+    return color == evaluation.SHADES[curve]
+
+
+def test_the_loss_curve(tmp_path):
+    """Four curves in their places; of a step that stands there twice the last line counts."""
+    rows = []
+    for step, loss in ((10, 10), (20, 10), (20, 1), (30, 0.1)):
+        rows.append({"step": step, "loss": loss, "kl_ts": 0.01, "kl_st": 0, "ce": 1})
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    evaluation.draw_losses(str(tmp_path))
+    assert drawn_at(tmp_path, 0, 10, 30, 10) and drawn_at(tmp_path, 0, 30, 30, 0.1)
+    assert not drawn_at(tmp_path, 0, 20, 30, 10)
+    assert drawn_at(tmp_path, 1, 15, 30, 0.01)
+    assert drawn_at(tmp_path, 2, 15, 30, 0.001)
+    assert drawn_at(tmp_path, 3, 15, 30, 1)
+
+
+def test_a_run_of_one_step_has_a_loss_curve_and_one_of_none_has_not(tmp_path):
+    evaluation.draw_losses(str(tmp_path))
+    assert not (tmp_path / "loss.png").exists()
+    write_rows(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1}])
+    evaluation.draw_losses(str(tmp_path))
+    assert drawn_at(tmp_path, 0, 1, 1, 1)

@@ -21,6 +21,7 @@ CEILINGS = {  # tokens at most
     "stage1_text_sft.py": 2400,
     "stage2_kl_align.py": 6100,
     "stage3_mm_instruct.py": 2400,
+    "eval.py": 6400,
     "convert/data.py": 1300,
     "convert/released.py": 1300,
     "convert/deepseek_vl.py": 1600,
@@ -28,7 +29,7 @@ CEILINGS = {  # tokens at most
 }
 SCRIPTS = ["data_gen.py", "model.py", "stage1_text_sft.py", "stage2_kl_align.py",
            "stage3_mm_instruct.py", "eval.py"]
-NOT_YET_PLAIN = ["eval.py", "tiny/pretrain.py", "tests/test_eval.py", "tests/score_cases.py"]
+NOT_YET_PLAIN = ["tiny/pretrain.py"]
 
 
 def read(name):
