@@ -123,8 +123,8 @@ def test_a_bare_reply_is_short():
 
 @pytest.mark.parametrize("content", [
     "5 or 6", "5?", "5!", "not 5", "5, I think", "5 6", "5 = 6", "half = 5", "10/2 = 4", "≠ 5",
-    "±5", "|-5|", "5'", "5_2", "5²", "0,5", ".5", "-5", "5-", "5)(", "\\boxed{5}\\pi", "2\\boxed{5}",
-    "5₂", "4 + 1 + 0.0001", "\\boxed{5}\\boxed{5}"])
+    "±5", "|-5|", "5'", "5_2", "5²", "0,5", ".5", "-5", "5-", "5)(", "\\boxed{5}\\pi",
+    "2\\boxed{5}", "5₂", "4 + 1 + 0.0001", "\\boxed{5}\\boxed{5}"])
 def test_a_slot_holds_the_answer_from_end_to_end(content):
     score = score_answer(f"Answer: {content}", "5", "free")
     assert not score.match and score.extracted

@@ -589,7 +589,8 @@ def test_missing_prerequisites_are_made_first(tmp_path, monkeypatch, capsys):
             "versions", "all", "gap", "relative_gap", "groups", "unparsed", "missing"}
 
 
-def test_own_files_train_every_stage_and_end_without_a_table(tmp_path, capsys):
+def test_own_files_train_every_stage_and_end_without_a_table_but_with_a_loss_curve(
+        tmp_path, capsys):
     save_picture(tmp_path / "p.png")
     single = write_rows(tmp_path / "single.jsonl", [row(), row(image_url="p.png")])
     pairs = write_rows(tmp_path / "pairs.jsonl", [pair(), pair()])
@@ -603,3 +604,5 @@ def test_own_files_train_every_stage_and_end_without_a_table(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "stage 3 done" in said
     assert "accuracy" not in said and "caption loss" not in said
+    for out in (one, two, three):
+        assert os.path.exists(os.path.join(out, "loss.png"))
