@@ -86,7 +86,7 @@ def parse_args(argv=None):
 def rows_by_id(path, fields):
     """{id: row} of a JSONL file. Exits with file:line when a field is missing or an id repeated."""
     if not os.path.isfile(path):
-        sys.exit(f"{path} does not exist: run `python data_gen.py` or name another file")
+        sys.exit(f"{path} does not exist: name another, or run `python data_gen.py`")
     rows = JsonLines([path])
     check_rows(rows, fields)  # pictures, too: each is a file in the folder of the rows
     by_id = {}
@@ -791,10 +791,9 @@ def same_number(found, gold, is_rounded):
     if found.unit and gold.unit and found.unit != gold.unit:
         return False  # a unit that only one of them has does not matter
     for exact, short in ((found, gold), (gold, found)):
-        if short.decimals >= exact.decimals:
-            continue
         has_three_digits = abs(exact.values[0]) >= 10 ** (2 - short.decimals)
-        if (short is gold) if is_rounded else has_three_digits:
+        is_enough = short is gold if is_rounded else has_three_digits
+        if short.decimals < exact.decimals and is_enough:
             half = Fraction(1, 2 * 10 ** short.decimals)
             return all(abs(x - y) <= half for x, y in zip(exact.values, short.values))
     return all(close(x, y) for x, y in zip(found.values, gold.values))
