@@ -637,8 +637,7 @@ def read(tokens, binding, point):
         x = FUNCTIONS[token](read(tokens, BINDS["^"], point))
     elif token == "(":
         x = read(tokens, 0, point)
-        if tokens.pop() != ")":
-            raise ValueError("a bracket is open")
+        tokens.pop()  # ")", or an IndexError: it ends nowhere else
     elif token in "+-":
         x = read(tokens, BINDS["*"], point)
         if token == "-":
