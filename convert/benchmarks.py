@@ -38,6 +38,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def parse_args(argv):
+    """The flags. Both folders are resolved: no link is left."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # its lines stay as they are
@@ -48,7 +49,7 @@ def parse_args(argv):
     add("--images", help="where picture names start; default: --out")
     add("--out", default=".", help="folder for test.jsonl, with the pictures in it")
     args = parser.parse_args(argv)
-    args.out = Path(args.out).resolve()  # no link is left, as find_picture wants it
+    args.out = Path(args.out).resolve()
     args.images = Path(args.images or args.out).resolve()
     return args
 
@@ -157,12 +158,12 @@ def percent(marks):
 
 def diagnose(path):
     """Print it, of the groups with a mark for every step."""
-    groups = defaultdict(list)  # {ID: [step right?, ..., composite right?]}
+    marks_of = defaultdict(list)  # {ID: [step right?, ..., composite right?]}
     try:
         for row in sorted(JsonLines([path]), key=lambda row: row["id"]):
             if "match" in row:  # else it is the header
-                groups[row["id"].split("/")[0]].append(row["match"])
-        groups = [group for name, group in groups.items() if name[0] == str(len(group) - 1)]
+                marks_of[row["id"].split("/")[0]].append(row["match"])
+        groups = [marks for ID, marks in marks_of.items() if ID[0] == str(len(marks) - 1)]
         if not groups:
             raise ValueError("no group of We-Math's has all its steps")
     except (OSError, ValueError) as error:
@@ -176,6 +177,8 @@ def diagnose(path):
     for name, marks in right.items():
         print(f"{name:6}{percent(marks):7.1f}  n={len(marks)}")
 
+    # Insufficient knowledge, inadequate generalization, complete mastery, rote memorization.  Of all
+    # groups but RM, which the paper gives as a share of the right composites.
     print("        score     IK     IG     CM     RM")
     for name, enough in (("strict", all), ("loose", any)):  # steps that have to be right for CM
         IK = percent([not composite and not all(steps) for *steps, composite in groups])
