@@ -177,8 +177,8 @@ def diagnose(path):
     for name, marks in right.items():
         print(f"{name:6}{percent(marks):7.1f}  n={len(marks)}")
 
-    # Insufficient knowledge, inadequate generalization, complete mastery, rote memorization.  Of all
-    # groups but RM, which the paper gives as a share of the right composites.
+    # Insufficient knowledge, inadequate generalization, complete mastery: shares of the groups.
+    # Rote memorization: share of the right composites, as in We-Math's own code.
     print("        score     IK     IG     CM     RM")
     for name, enough in (("strict", all), ("loose", any)):  # steps that have to be right for CM
         IK = percent([not composite and not all(steps) for *steps, composite in groups])
