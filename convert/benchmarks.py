@@ -2,16 +2,16 @@
 
     python convert/benchmarks.py wemath testmini.json --images data/wemath --out data/wemath
     python eval.py out/stage3 --data data/wemath --max_new_tokens 1024
-    python convert/benchmarks.py diagnosis replies.jsonl
+    python convert/benchmarks.py diagnosis out/stage3/wemath/replies.jsonl
 
-The last line prints We-Math's diagnosis from the replies.jsonl that eval.py wrote.  MathVerse has
-two files: testmini.json, the five versions with a picture, and testmini_text_only.json; give both
-to get all six.  The pictures have to lie in --out, for eval.py reads no other folder.  What a row
+The last line prints We-Math's diagnosis from the marks that eval.py wrote.  MathVerse has two
+files: testmini.json, the five versions with a picture, and testmini_text_only.json; give both to
+get all six.  The pictures have to lie in --out, for eval.py reads no other folder.  What a row
 of --out/test.jsonl holds:
 
     id                     MathVerse: sample_index, in text_only with "text_only/" before it, as
                            both files count from 1; MathVista: pid; We-Math: ID/key, spelled
-                           3steps_7/3steps_1 also where the file says 3stpes_7
+                           3steps_7/3steps_1 also where its file says 3stpes_7
     image_url              the picture, decoded once to see that it can be
     instruction            the question, and last ENDING, which asks for what eval.py can mark
     answer, kind, choices  what is right; how it is compared, see eval.py; texts of the options
@@ -30,7 +30,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where model.py is
 from convert.data import find_picture
-from data_gen import LADDER
 from model import JsonLines
 
 ENDING = "End with a line `Answer: X`, X being only the option letter or the value."
@@ -68,7 +67,6 @@ def options_in(text):
 def from_mathverse(row):
     """arXiv 2403.14624."""
     version = row["problem_version"].lower().replace(" ", "_")
-    LADDER[version]  # KeyError: no such version
     prefix = "text_only/" if version == "text_only" else ""
     subject = f"{prefix}{row['metadata']['subject']}"
     asked = row.get("question_for_eval") or row["question"]  # of Vision Only, question is empty
@@ -88,16 +86,18 @@ def from_mathvista(row):
     asked = row["question"]
     for letter, choice in zip(LETTERS, row["choices"] or []):
         asked += f"\n({letter}) {choice}"
-    for hint in ("answer_type", "unit", "precision"):
+    for hint in ("answer_type", "unit"):
         if row[hint]:
             asked += f"\n{hint}: {row[hint]}"
+    if row["precision"]:
+        asked += f"\ndecimal places: {row['precision']}"
     return {
         "id": row["pid"],
         "image_url": row["image"],
         "instruction": asked,
         "kind": "choice_text" if row["choices"] else row["answer_type"],
         "choices": row["choices"],
-        "groups": ["ALL", row["metadata"]["task"], *row["metadata"]["skills"]],
+        "groups": [row["metadata"]["task"], *row["metadata"]["skills"]],
     }
 
 
@@ -143,7 +143,7 @@ def read_rows(args):
                 if row["id"] in found:
                     raise ValueError("its id is there twice")
                 found[row["id"]] = row
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             sys.exit(f"{where}: {error!r}: give the testmini.json of {args.benchmark}, and as "
                      "--images the folder in --out that its picture names start from")
     return [found[id] for id in sorted(found)]
@@ -161,13 +161,12 @@ def diagnose(path):
     marks_of = defaultdict(list)  # {ID: [step right?, ..., composite right?]}
     try:
         for row in sorted(JsonLines([path]), key=lambda row: row["id"]):
-            if "match" in row:  # else it is the header
-                marks_of[row["id"].split("/")[0]].append(row["match"])
+            marks_of[row["id"].split("/")[0]].append(row["match"])
         groups = [marks for ID, marks in marks_of.items() if ID[0] == str(len(marks) - 1)]
         if not groups:
             raise ValueError("no group of We-Math's has all its steps")
-    except (OSError, ValueError) as error:
-        sys.exit(f"{path}: {error}: give a replies.jsonl that eval.py wrote")
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"{path}: {error!r}: give a replies.jsonl that eval.py wrote")
 
     right = defaultdict(list)
     for *steps, composite in groups:

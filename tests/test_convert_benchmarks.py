@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import eval as evaluation
 from convert import benchmarks
 from data_gen import LADDER
-from eval import KINDS, score_answer
+from eval import KINDS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SAMPLES = os.environ.get("BENCHMARKS", os.path.join(ROOT, "..", "shared", "benchmarks"))
@@ -128,7 +129,7 @@ def refused(*arguments, **options):
 
 
 def mark(reply, row):
-    return score_answer(reply, row["answer"], row["kind"], row["choices"]).match
+    return evaluation.mark(row, reply).match
 
 
 def by_id(rows):
@@ -199,7 +200,7 @@ def test_mathvista_shows_choices_unit_and_precision(folder):
     asked = {id: row["instruction"].removesuffix(f"\n{ASKED}") for id, row in rows.items()}
     assert asked == {
         "1": "Is it odd?\n(A) Yes\n(B) No\nanswer_type: text",
-        "2": "How long?\nanswer_type: float\nunit: cm\nprecision: 1",
+        "2": "How long?\nanswer_type: float\nunit: cm\ndecimal places: 1",
         "10": "How many?\nanswer_type: integer",
         "3": "Which three?\nanswer_type: list",
     }
@@ -207,7 +208,7 @@ def test_mathvista_shows_choices_unit_and_precision(folder):
     assert kinds == {"1": "choice_text", "2": "float", "10": "integer", "3": "list"}
     assert rows["1"]["choices"] == ["Yes", "No"]
     assert rows["2"]["choices"] is None
-    assert rows["2"]["groups"] == ["ALL", "figures", "counting", "logic"]
+    assert rows["2"]["groups"] == ["figures", "counting", "logic"]
 
 
 def test_wemath_brings_the_steps_of_a_group_together(folder):
@@ -305,13 +306,14 @@ def test_pictures_stay_inside_out(folder):
 
 
 ROW = ROWS["wemath"][0]
+VERSE = ROWS["mathverse"][0]
 BAD = {  # what is wrong: (benchmark, content of the file, what is said)
     "not JSON": ("wemath", "{", "0.json: JSONDecodeError"),
     "a number": ("wemath", 5, "0.json: TypeError"),
     "rows that are none": ("wemath", ["a"], "0.json:row 1: TypeError"),
     "another benchmark's": ("wemath", mathvista_rows(), "0.json:row 1: KeyError('ID')"),
-    "a version of another ladder": (
-        "mathverse", mathverse_rows("text_lite", "vision_none"), "0.json:row 3: KeyError('vision"),
+    "a version that is no text": (
+        "mathverse", [VERSE | {"problem_version": None}], "0.json:row 1: AttributeError"),
     "no answer": ("wemath", [ROW | {"answer": None}], "0.json:row 1: ValueError('no answer or"),
     "an empty answer": ("wemath", [ROW | {"answer": ""}], "0.json:row 1: ValueError('no answer or"),
     "no picture": ("wemath", [ROW | {"image_path": ""}], "0.json:row 1: ValueError('no answer or"),
@@ -387,8 +389,8 @@ rule-based: not comparable with judge-based papers
 
 
 def replies():
-    """Lines of a replies.jsonl; the composite of a group is not always the last."""
-    lines = [{"benchmark": "wemath", "note": "the header"}]
+    """Lines of a replies.jsonl."""
+    lines = []
     for row in wemath_rows():
         mark = row["key"].split("_")[1][0] in RIGHT[row["ID"]]
         lines.append({"id": f"{row['ID']}/{row['key']}", "reply": "Answer: B", "match": mark})
@@ -405,7 +407,7 @@ def diagnose(lines):
 def test_diagnosis_by_hand(tmp_path, monkeypatch, capsys):
     """Of 4 groups one is mastered, one right with one step of two, one IG, one right by rote."""
     monkeypatch.chdir(tmp_path)
-    for lines in (replies(), replies()[::-1], replies()[1:]):
+    for lines in (replies(), replies()[::-1]):  # the composite is not always the last
         diagnose(lines)
         assert capsys.readouterr().out == DIAGNOSIS
 
@@ -415,12 +417,12 @@ def test_diagnosis_by_hand(tmp_path, monkeypatch, capsys):
 
 
 def test_diagnosis_counts_whole_groups_only(tmp_path, monkeypatch, capsys):
-    """A group without a step, without the composite, or with a step that has no mark yet."""
+    """As after eval.py --limit; a step may be missing, or the composite."""
     monkeypatch.chdir(tmp_path)
-    lines = {line["id"]: line for line in replies()[1:]}
+    lines = {line["id"]: line for line in replies()}
     del lines["2steps_1/2steps_1"]
+    del lines["2steps_10/2steps_2"]
     del lines["3steps_1/3steps_multi"]
-    del lines["2steps_10/2steps_2"]["match"]
     diagnose(lines.values())
     out = capsys.readouterr().out
     assert out.startswith("1 groups have all their steps")
@@ -433,7 +435,7 @@ def test_diagnosis_of_wrong_composites(tmp_path, monkeypatch, capsys):
     """IK: the composite and a step wrong, the same in both rules. None is right: no RM."""
     monkeypatch.chdir(tmp_path)
     lines = replies()
-    for line in lines[1:]:
+    for line in lines:
         line["match"] = line["id"] == "2steps_1/2steps_1"
     diagnose(lines)
     out = capsys.readouterr().out
@@ -447,9 +449,49 @@ def test_what_cannot_be_diagnosed(tmp_path, monkeypatch):
     Path("torn.jsonl").write_text('{"id": "2steps_1/2steps_1", "ma')
     with pytest.raises(SystemExit, match="^torn.jsonl: .*give a replies.jsonl"):
         benchmarks.main(["diagnosis", "torn.jsonl"])
+    with pytest.raises(SystemExit, match="^replies.jsonl: KeyError.'match'.: give a replies"):
+        diagnose([{"id": "2steps_1/2steps_1", "reply": "B"}])
     for lines in ([], [{"id": "12", "match": True}, {"id": "text_only/1", "match": True}]):
-        with pytest.raises(SystemExit, match="no group of We-Math's has all its steps: give"):
+        with pytest.raises(SystemExit, match="no group of We-Math's has all its steps"):
             diagnose(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Through eval.py
+
+def evaluate(replies):
+    """replies: {id: reply}. -> eval.json"""
+    with open("given.jsonl", "w", encoding="utf-8") as f:
+        for id, reply in replies.items():
+            f.write(json.dumps({"id": id, "reply": reply}) + "\n")
+    evaluation.main(["--replies", "given.jsonl", "--data", "set"])
+    return json.loads(Path("given_marked/eval.json").read_text())
+
+
+def test_from_files_to_a_report(folder):
+    rows = convert("mathverse", ROWS["mathverse"], mathverse_rows("text_only"))
+    given = {row["id"]: f"Answer: {row['answer']}" for row in rows}
+    given["10"] = "Answer: 9"  # the second problem as vision_only
+    result = evaluate(given)
+    assert list(result["versions"]) == list(LADDER)
+    assert result["versions"]["text_only"]["correct"] == 2
+    assert result["versions"]["vision_only"]["correct"] == 1
+    assert result["groups"]["Plane"] == {"correct": 9, "n": 10, "unparsed": 0}
+    assert result["groups"]["Plane, Area"]["n"] == 5
+    assert result["groups"]["text_only/Plane, Area"]["n"] == 1
+
+
+def test_from_files_to_a_diagnosis(folder, capsys):
+    rows = convert("wemath", ROWS["wemath"])
+    given = {}
+    for row, line in zip(rows, sorted(replies(), key=lambda line: line["id"])):
+        assert row["id"] == line["id"]
+        given[row["id"]] = "Answer: B" if line["match"] else "Answer: C"
+    result = evaluate(given)
+    assert result["groups"]["S1"] == {"correct": 5, "n": 9, "unparsed": 0}
+    capsys.readouterr()
+    benchmarks.main(["diagnosis", "given_marked/replies.jsonl"])
+    assert capsys.readouterr().out == DIAGNOSIS
 
 
 # --------------------------------------------------------------------------------------------------
