@@ -75,7 +75,7 @@ def from_mathverse(row):
         "image_url": row["image"],
         "instruction": row["query_cot"],
         "kind": "choice" if row["question_type"] == "multi-choice" else "free",
-        "choices": options_in(re.split("Choices?:", asked)[-1]),
+        "choices": options_in(asked),
         "version": version,
         "groups": [subject, f"{subject}, {row['metadata']['subfield']}"],
     }
@@ -198,9 +198,9 @@ def main(argv=None):
         sys.exit("give as --out a folder with the pictures and no test.jsonl")
     rows = read_rows(args)
     part = path.with_suffix(".part")  # so that test.jsonl is complete or absent
-    with open(part, "w", encoding="utf-8") as f:
+    with open(part, "wb") as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     part.replace(path)
     print(f"{path}: {len(rows):,} rows")
 

@@ -172,6 +172,7 @@ def test_mathverse_has_all_six_versions(folder):
     assert first["groups"] == ["Plane", "Plane, Angle"]
     assert (first["kind"], first["answer"]) == ("choice", "C")
     assert first["choices"] == ["40°", "60°", "120°", "140°"]
+    assert "A:40°" in Path("set/test.jsonl").read_text(encoding="utf-8")  # not \u00b0
 
     text = rows["text_only/2"]
     assert text["version"] == "text_only"
@@ -299,6 +300,12 @@ def test_pictures_stay_inside_out(folder):
         assert words in message
         assert "as --images the folder in --out that its picture names start from" in message
 
+    # A link to the folder is no reason to lose the pictures.
+    Path("linked").symlink_to("set")
+    for images, out in (("set/pictures", "linked"), ("linked/pictures", "set")):
+        convert("mathverse", [row], images=images, out=out)
+        os.remove("set/test.jsonl")
+
     # Pictures that are not in --out.
     os.mkdir("other")
     assert "0.json:row 1: " in refused("mathverse", [row], out="other")
@@ -369,6 +376,7 @@ def test_as_a_command(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ROOT])
     runpy.run_path(os.path.join(ROOT, "convert", "benchmarks.py"), run_name="__main__")
     assert capsys.readouterr().out == f"{folder}/set/test.jsonl: 2 rows\n"
+    assert sys.path[0] == ROOT  # model.py is there, and the script's own folder is convert/
 
 
 # --------------------------------------------------------------------------------------------------
