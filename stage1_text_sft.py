@@ -1,6 +1,6 @@
 """Stage 1: text SFT. The language model learns to solve problems in text; no picture yet.
 
-    python stage1_text_sft.py                         # one process; a minute on 2 CPU cores
+    python stage1_text_sft.py                         # one process; 2 minutes on 2 CPU cores
     torchrun --nproc_per_node 8 stage1_text_sft.py    # 8 processes: same batches, same parameters
 
 Reads data/stage1.jsonl (made first when missing) and the backbones in tiny/; writes
@@ -16,8 +16,9 @@ Read this one first: it is a whole training script without a framework, and the 
     main                 load, freeze, resume, then the loop: loss, gradient, step, log, checkpoint
 
 Why text first: stage 2 pulls the picture form of a problem to the text form.  That can only be
-worth its name when the text form is right.  What it may cost: the same weights have to go on
-understanding pictures, which stage 1 never shows; the line `caption loss` says how much was lost.
+worth its name when the text form is right, and tiny/ has seen the solutions of but six of the
+twelve families.  What it may cost: the same weights have to go on understanding pictures, which
+stage 1 never shows; the line `caption loss` says how much was lost.
 
 Differs from the paper in: the model and the data (tiny/ and data_gen.py, made for a laptop), the
 number of steps, and the learning rate, reported as 1e-5 at a batch of 512.  The loss and what
@@ -67,11 +68,11 @@ def make_parser():
     add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="data_gen.py's folder, JSONL files")
     add("--out", default="out/stage1", help="folder of checkpoints, metrics")
-    add("--steps", type=int, default=125, help="optimizer steps (one pass)")
+    add("--steps", type=int, default=375, help="optimizer steps (ours: three passes)")
     add("--batch", type=int, default=32, help="rows a step, all processes (reported: 512)")
     add("--micro_batch", type=int, default=16, help="rows a forward pass")
-    add("--lr", type=float, default=3e-4, help="highest learning rate (reported: 1e-5)")
-    add("--warmup", type=float, default=0.02, help="share of rising steps (reported)")
+    add("--lr", type=float, default=1e-3, help="highest learning rate (reported: 1e-5)")
+    add("--warmup", type=float, default=0.1, help="share of rising steps (reported: .02)")
     add("--weight_decay", type=float, default=0.1, help="of matrices (reported, script)")
     add("--clip", type=float, default=1.0, help="highest gradient norm, 0: none")
     add("--max_length", type=int, default=1024, help="tokens of a row (script: 2048)")
