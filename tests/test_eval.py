@@ -647,6 +647,7 @@ def test_a_killed_run_goes_on(run, monkeypatch):
         f.write(lines[5][:9])  # killed while it wrote
     os.remove("m/replies.jsonl")
     assert run() == (whole, 7)
+    assert run() == (whole, 0)  # half a line did not spoil the next one
 
 
 def test_replies_are_kept_as_soon_as_they_are_there(run, monkeypatch):
