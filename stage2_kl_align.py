@@ -687,7 +687,7 @@ def count_agreements(hs, ht, W):
 def show_pair(args, vlm, tokenizer, row, device):
     """One pair as a table over its answer tokens. The last line is what training on a CPU logs.
 
-    Reading it: 46 and 97 can be the same token, since 81 image tokens come before the weak form's
+    Reading it: 46 and 98 can be the same token, since 81 image tokens come before the weak form's
     words.  A teacher that prefers 'angle' to '7' knows that solutions begin in three wordings.  And
     a student can be sure of an answer before it has learnt to see: it is given all tokens before
     this one, the right sums among them (teacher forcing).

@@ -11,9 +11,9 @@ What is written loads in transformers (tried: 5.17 and 5.24) and gives the same 
         messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(images=picture, text=prompt, add_special_tokens=False, return_tensors="pt")
 
-It is for models that began with `--llm --vision --projector mlp`: LLaVA's projector is that one,
-and its features are those before the encoder's last norm, so neither the gated projector nor tiny/
-fits.
+It is for models whose features are those before the encoder's last norm and whose projector is
+mlp, which is what LLaVA has: tiny/ and what began with it (then without the "\\n" above, see
+after_image in vlm.json), or with `--llm --vision --projector mlp`; not for the gated projector.
 """
 import argparse
 import os
@@ -46,7 +46,7 @@ def check(model, config):
     for key, value in needed.items():
         if config[key] != value:
             sys.exit(f"{model}: {key} is {config[key]} in vlm.json; what LLaVA computes is {key} "
-                     f"{value}: a model that began with --llm, --vision and --projector mlp")
+                     f"{value}: a model that began with tiny/, or with --projector mlp")
 
 
 def write_llava(model, out, dtype):

@@ -1,4 +1,4 @@
-"""What the code computes, in numbers.  tests/golden.json was written before the rewrite of 2026-11.
+"""What the code computes, in numbers.  tests/golden.json is by an earlier version, commit 7ce9497.
 
     python tests/golden.py    # measure again and write tests/golden.json
 
@@ -76,7 +76,7 @@ def batches(data):
 def train(stage, data, out):
     """What six steps change in the weights of tiny/, and the weights themselves, part by part."""
     flags = ["--init", TINY, "--data", data, "--out", out, "--steps", "6", "--batch", "8",
-             "--micro_batch", "4"]
+             "--micro_batch", "4", "--lr", "3e-4", "--warmup", "0.02"]
     if stage != "stage1":
         flags.append("--no-evaluate")
     STAGES[stage].main(flags)

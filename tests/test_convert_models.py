@@ -325,6 +325,20 @@ def test_transformers_llava_gives_our_logits(tmp_path, tied):
     assert has_lm_head != tied  # a tied one is not written twice
 
 
+def test_the_embedded_base_is_a_llava_too(tmp_path):
+    vlm, tok = load_vlm(TINY)
+    write_picture(tmp_path)
+    out = str(tmp_path / "llava")
+    llava.main([TINY, "--out", out, "--dtype", "float32"])
+    model = LlavaForConditionalGeneration.from_pretrained(out)
+    batch = batch_of(vlm, tok, [data_row(tmp_path)])
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, pixel_values=batch.pixel_values).logits
+    expected = answer_logits(vlm, tok, [data_row(tmp_path)])
+    assert torch.allclose(logits[batch.labels != IGNORE], expected, atol=1e-4)
+    assert expected.std() > 1
+
+
 def test_llavas_processor_gives_our_tokens_and_pixels(tmp_path):
     ours, vlm, tok = new_model(tmp_path, "mlp")
     Image.linear_gradient("L").resize((70, 40)).convert("RGB").save(tmp_path / "p.png")
@@ -467,7 +481,9 @@ def test_a_model_that_the_other_layout_has_no_place_for(tmp_path):
     assert f"{mlp}: qwen2 with projector mlp; the released layout: qwen2" in said
     said = refused(llava.main, [gated, "--out", out])
     assert "projector is gated" in said
-    said = refused(llava.main, [TINY, "--out", out])
+    config = read_json(mlp, "vlm.json")
+    write_json(config | {"post_layernorm": True}, mlp, "vlm.json")
+    said = refused(llava.main, [mlp, "--out", out])
     assert "post_layernorm is True in vlm.json; what LLaVA computes is post_layernorm False" in said
     said = refused(released.main, [gated, "--back_to", out, "--like", TINY])
     assert f"--like {TINY}: its tokenizer is not that of {gated}" in said
