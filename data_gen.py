@@ -796,7 +796,7 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", default="data", help="folder to write; it appears only when complete")
-    add("--n", type=int, default=4000, help="training problems (ours: stage 1 sees each once)")
+    add("--n", type=int, default=4000, help="training problems (ours: stage 1 sees each 3 times)")
     add("--n_test", type=int, default=400, help="test problems, each in every version")
     add("--size", type=int, default=DEFAULT_SIZE, help="side of a picture in pixels; SigLIP: 384")
     add("--seed", type=int, default=0, help="same seed, same problems and pixels")

@@ -287,7 +287,7 @@ def write_log(args, device, numbers):
 # 1503.02531).  Early in training L_FKL fits the head of the teacher's distribution and L_RKL its
 # tail (Wu et al., arXiv 2404.02657).  L is averaged over all answer positions of the global batch.
 #
-# To compute by hand: three words, p = (1/2, 1/4, 1/4), q = (1/8, 3/8, 1/2), y is the first word.
+# To compute by hand, tau 1: three words, p = (1/2, 1/4, 1/4), q = (1/8, 3/8, 1/2), y the first.
 #     L_FKL  = 1/2 ln 4 + 1/4 ln 2/3 + 1/4 ln 1/2 = 0.4185
 #     L_RKL  = 1/8 ln 1/4 + 3/8 ln 3/2 + 1/2 ln 2 = 0.3253
 #     L_hard = ln 8                               = 2.0794
@@ -375,8 +375,9 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 #
 # Derivation.  For each row
 #     t = T / tau      e = D / tau      s = t + e
-#     dL = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t),   Z = sum exp(. - max)         (6)
-#     delta = e - dL = ln q - ln p                                                           (7)
+#     lse(x) = ln sum exp(x_k) = max x + ln Z,   Z = sum exp(x_k - max x)     ln p = t - lse(t)
+#     shift = lse(s) - lse(t) = (max s - max t) + ln(Z_s / Z_t)                              (6)
+#     delta = e - shift = ln q - ln p                                                        (7)
 # (6) never subtracts two rounded log-sum-exps.  By (7) the KLs are sum -p delta and sum q delta.
 # Since p and q both sum to 1, 0 = sum (q - p) may be added to the one and taken from the other:
 #     L_FKL = sum (q - p) - p delta      L_RKL = sum q delta - (q - p)                       (8)
@@ -385,12 +386,12 @@ def align_all_rows(hs, ht, W, labels, tau, standardize):
 #     d L_FKL / d s_j = -sum p_k ([k = j] - q_j) = q_j - p_j
 #     d L_RKL / d s_j = sum (d q_k / d s_j) (delta_k + 1)
 #                     = q_j (delta_j + 1) - q_j sum q_k (delta_k + 1) = q_j (delta_j - L_RKL)
-# Both together, with their weights, and the hard loss:
+# Both together, with their weights, and the hard loss, for L of one row (of N: all / n_total):
 #     g = lam tau^2 (alpha (q - p) + (1 - alpha) q (delta - L_RKL))    gradient of the KLs by s  (9)
 #     G = g / tau + (1 - lam) (softmax(z_s) - onehot(y))               gradient by z_s      (10)
 #     dL/dhs = G W                                                                          (11)
 # Why two visits are enough: (9) needs L_RKL of the whole row, and by (7)
-#     L_RKL = sum q delta = sum q e - dL = B / Z_s - dL,   B = sum exp(s - max s) e         (12)
+#     L_RKL = sum q delta = sum q e - shift = B / Z_s - shift,  B = sum exp(s - max s) e    (12)
 # B and both Z can be summed in one visit with a running maximum: when a larger one comes, what was
 # summed so far is multiplied by exp(old - new).
 #
@@ -483,8 +484,8 @@ def align_row_kernel(
     thread_scale = tl.exp2((max_s - row_max_s) * LOG2E)
     sum_t = tl.sum(Z_t * tl.exp2((max_t - row_max_t) * LOG2E), 0)
     sum_s = tl.sum(Z_s * thread_scale, 0)
-    dL = (row_max_s - row_max_t) + tl.log(sum_s / sum_t)  # (6)
-    row_rkl = tl.sum(B * thread_scale, 0) / sum_s - dL  # (12)
+    shift = (row_max_s - row_max_t) + tl.log(sum_s / sum_t)  # (6)
+    row_rkl = tl.sum(B * thread_scale, 0) / sum_s - shift  # (12)
     lse_z = row_max_s + tl.log(sum_s)
     if HAS_TAU:
         row_max_z = tl.max(max_z, 0)
@@ -507,7 +508,7 @@ def align_row_kernel(
             e = D * inv_tau
         p = tl.exp2((t - row_max_t) * LOG2E - log2_sum_t)
         q = tl.exp2((t + e - row_max_s) * LOG2E - log2_sum_s)
-        delta = e - dL  # (7)
+        delta = e - shift  # (7)
         p_delta = p * delta
         q_delta = q * delta
 
@@ -687,10 +688,10 @@ def count_agreements(hs, ht, W):
 def show_pair(args, vlm, tokenizer, row, device):
     """One pair as a table over its answer tokens. The last line is what training on a CPU logs.
 
-    Reading it: 46 and 98 can be the same token, since 81 image tokens come before the weak form's
-    words.  A teacher that prefers 'angle' to '7' knows that solutions begin in three wordings.  And
-    a student can be sure of an answer before it has learnt to see: it is given all tokens before
-    this one, the right sums among them (teacher forcing).
+    Reading it: 46 and 98 can be the same token, since the weak form has 81 image tokens more and
+    29 text tokens fewer.  A teacher that prefers 'angle' to '7' knows that solutions begin in three
+    wordings.  And a student can be sure of an answer before it has learnt to see: it is given all
+    tokens before this one, the right sums among them (teacher forcing).
     """
     (strong, weak), _ = make_batches(tokenizer, vlm.config, [row], FORMS, args.max_length)
     ht, hs, labels = pair_of_rows(vlm, vlm, strong.to(device), weak.to(device))

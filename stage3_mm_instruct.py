@@ -1,6 +1,6 @@
 """Stage 3: multimodal instruction tuning. Everything learns, on all versions of the problems.
 
-    python stage3_mm_instruct.py                       # one process; 4 minutes on 2 CPU cores
+    python stage3_mm_instruct.py                       # one process; 3 minutes on 2 CPU cores
     torchrun --nproc_per_node 8 stage3_mm_instruct.py  # 8 processes: same batches, same parameters
 
 Reads data/stage3.jsonl and out/stage2 (made first when missing); writes out/stage3/step-N,

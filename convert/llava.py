@@ -2,7 +2,8 @@
 
     python convert/llava.py out/stage3 --out llava-model
 
-What is written loads in transformers (tried: 5.17 and 5.24) and gives the same logits:
+What is written loads in transformers (tried: 5.17 and 5.24) and gives the same logits, with
+--dtype float32 to the last bit; the default, bfloat16, rounds weights that were trained:
 
     model = LlavaForConditionalGeneration.from_pretrained("llava-model")
     processor = AutoProcessor.from_pretrained("llava-model")

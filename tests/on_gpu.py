@@ -1,6 +1,6 @@
 """Everything that needs a CUDA GPU, in one call of under ten minutes.
 
-    python tests/on_gpu.py    # tests of the loss, both benchmarks; JSON files in tests/results/
+    python tests/on_gpu.py    # the kernel's tests, both benchmarks; JSON in tests/results/
 
 Each command has a limit of seconds, so that one that hangs leaves time for the others.  What was
 run, on which GPU and with which versions, is in tests/results/on_gpu.json; the benchmarks write

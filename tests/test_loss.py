@@ -1099,8 +1099,8 @@ KERNEL_SLIPS = [
          "q = tl.exp2((t - e - row_max_s)",
          NUMBERS),
     Slip("sign of delta",
-         "delta = e - dL",
-         "delta = dL - e",
+         "delta = e - shift",
+         "delta = shift - e",
          NUMBERS),
     Slip("D between the student and itself",
          "torch.sub(hs[rows].float(), h_t,",
@@ -1211,8 +1211,8 @@ KERNEL_SLIPS = [
          "tl.program_id(0)",
          test_rows_beyond_2_to_the_31),
     Slip("two rounded log-sum-exps",
-         "dL = (row_max_s - row_max_t) + tl.log(sum_s / sum_t)",
-         "dL = (row_max_s + tl.log(sum_s)) - (row_max_t + tl.log(sum_t))",
+         "shift = (row_max_s - row_max_t) + tl.log(sum_s / sum_t)",
+         "shift = (row_max_s + tl.log(sum_s)) - (row_max_t + tl.log(sum_t))",
          test_logits_around_3000_leave_the_gradient_its_digits),
     Slip("two rounded logit matrices",
          "torch.sub(hs[rows].float(), h_t,",
@@ -1279,8 +1279,8 @@ KERNEL_SLIPS = [
          "    # ",
          test_a_second_derivative_is_an_error),
     Slip("equal forms are not equal",
-         "        delta = e - dL",
-         "        delta = e + 1e-9 - dL",
+         "        delta = e - shift",
+         "        delta = e + 1e-9 - shift",
          EQUAL),
 ]
 
@@ -1324,7 +1324,7 @@ def test_a_slip_in_the_kernel_is_found(kernel, slip, tmp_path, monkeypatch):
 
 @only_triton
 def test_the_kernel_compiles_to_few_instructions_without_spills(kernel, compiling):
-    """It is bound by instructions, 56 an element at tau 1 and 72 with tau at most, on each GPU."""
+    """At most 56 instructions an element at tau 1 and 72 with tau at most, for each GPU."""
     if compiling is None:
         pytest.skip("this build of Triton has no NVIDIA compiler")
     printed, _ = compiling.communicate()

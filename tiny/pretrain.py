@@ -135,7 +135,7 @@ def corpus(seed):
 def schooled_problem(r):
     """A problem of one of the six families, FAMILIES[::2], whose solutions the base sees.
 
-    Seed 1 and a training problem: never the stages' own problems, never a test problem's givens.
+    Drawn with seed 1, the stages' with seed 0; of training problems: never a test problem's givens.
     """
     i = r.randrange(500_000) * len(FAMILIES) + 2 * r.randrange(len(FAMILIES) // 2)
     return make_problem("train", i, 1)
