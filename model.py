@@ -13,11 +13,13 @@ Letters, used as they stand in every file:
 
 In this order:
     the network      two projectors; VLM, all that happens between a batch and its hidden rows
+    memory           --recompute and --shard: what a large model needs to fit
     batches          a data row -> token ids, labels, pixels -> a batch
     data files       JSONL rows that stay on disk
     model folders    Hugging Face folders with a projector between them: load, join, save
     checkpoints      complete or absent; resume
 """
+import functools
 import hashlib
 import json
 import os
@@ -33,10 +35,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig,
                           SiglipVisionModel)
@@ -168,6 +173,48 @@ class VLM(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# Memory: what a large model needs to fit
+
+def recompute(vlm):
+    """--recompute: an LLM layer keeps its input only, and is computed again in the backward pass.
+
+    Costs a forward pass of the LLM.  Bit-equal, since nothing in a layer is drawn at random.
+    """
+    for layer in vlm.language_model.model.layers:
+        layer.forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(vlm):
+    """--shard: splits what learns over the processes, in place (torch's FSDP2).
+
+    A process holds 1/world of each weight that learns, as a DTensor, and so of its gradient and of
+    AdamW's moments.  The weights of a layer come together when its forward or backward begins and
+    are dropped after it.  Those in no layer (embedding, lm_head, projector) are whole from
+    VLM.forward until its backward ends: the loss reads vlm.lm_head in between.  Call it after
+    freezing, what is frozen stays whole everywhere; and before the optimizer, which has to see the
+    parts.  All processes must then run as many micro-batches, and save together.
+    """
+    for name, module in vlm.named_modules():
+        # layers of an encoder or of the LLM
+        if re.search(r"\.layers\.\d+$", name) and next(module.parameters()).requires_grad:
+            fully_shard(module)
+    frozen = {parameter for parameter in vlm.parameters() if not parameter.requires_grad}
+    fully_shard(vlm, ignored_params=frozen)
+
+
+def whole(tensors):
+    """Named tensors, on the main process with their parts put together; {} on the others."""
+    result = {}
+    for name, tensor in tensors.items():  # one at a time: a GPU has room for one, not for all
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor().cpu()  # every process has to come here, in this order
+        if is_main_process():
+            result[name] = tensor
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
 # Batches: prompt, image placeholders, labels and the shift are made here and nowhere else
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # of Pillow's: for EPS it starts a program
@@ -186,12 +233,8 @@ class Batch:
     labels: torch.Tensor  # (B, L) int64; labels[b, t] is what t has to predict: ALREADY shifted
 
     def to(self, device):
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.pixel_values.to(device),
-            self.labels.to(device),
-        )
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items()}
+        return Batch(**moved)
 
 
 def load_image(path, size, pad_color=None):
@@ -484,9 +527,13 @@ def write_json(data, *path):
 def start_vlm(args, checkpoint, device, trained):
     """What a stage trains: the checkpoint it resumes, or --llm and --vision joined, or --init."""
     if args.llm and checkpoint is None:
-        projector = args.projector or "mlp"
-        return new_vlm(args.llm, args.vision, projector, args.seed, device, trained)
-    return load_vlm(checkpoint or args.init, device, trained)
+        vlm, tokenizer = new_vlm(
+            args.llm, args.vision, args.projector or "mlp", args.seed, device, trained)
+    else:
+        vlm, tokenizer = load_vlm(checkpoint or args.init, device, trained)
+    if args.recompute:
+        recompute(vlm)
+    return vlm, tokenizer
 
 
 def load_vlm(folder, device="cpu", trained=(), frozen_dtype=None):
@@ -508,8 +555,8 @@ def load_vlm(folder, device="cpu", trained=(), frozen_dtype=None):
     else:
         vision = pretrained(
             SiglipVisionModel, os.path.join(folder, "vision"), dtypes["vision_model"])
-        projector_class = PROJECTORS[config["projector"]]
-        projector = projector_class(vision.config.hidden_size, llm.config.hidden_size)
+        projector = PROJECTORS[config["projector"]](
+            vision.config.hidden_size, llm.config.hidden_size)
 
     path = os.path.join(folder, "projector.safetensors")
     try:
@@ -551,8 +598,8 @@ def new_vlm(llm, vision, projector, seed=0, device="cpu", trained=(), frozen_dty
         "pad_color": None,
     }
     torch.manual_seed(seed)
-    projector_class = PROJECTORS[projector]
-    new = projector_class(vision_model.config.hidden_size, language_model.config.hidden_size)
+    new = PROJECTORS[projector](
+        vision_model.config.hidden_size, language_model.config.hidden_size)
     new.to(dtypes["projector"])  # drawn on the CPU: the same numbers on every device
     return assemble(vision_model, new, language_model, tokenizer, config).to(device), tokenizer
 
@@ -662,12 +709,22 @@ def local_folder(name, flag):
 
 
 def save_vlm(folder, vlm, tokenizer):
-    """Write a model folder. Each part keeps its dtype."""
+    """Write a model folder. Each part keeps its dtype.
+
+    All processes come here, since weights may have to be put together; the main one writes.
+    """
+    llm = whole(vlm.language_model.state_dict())
+    vision = whole(vlm.vision_model.state_dict())
+    projector = whole(vlm.projector.state_dict())
+    if not is_main_process():
+        return
+    if vlm.language_model.config.tie_word_embeddings:
+        del llm["lm_head.weight"]  # the token embeddings themselves
     os.makedirs(folder, exist_ok=True)
     write_json(vlm.config, folder, "vlm.json")
-    save_file(vlm.projector.state_dict(), os.path.join(folder, "projector.safetensors"))
-    vlm.language_model.save_pretrained(os.path.join(folder, "llm"))
-    vlm.vision_model.save_pretrained(os.path.join(folder, "vision"))
+    save_file(projector, os.path.join(folder, "projector.safetensors"))
+    vlm.language_model.save_pretrained(os.path.join(folder, "llm"), state_dict=llm)
+    vlm.vision_model.save_pretrained(os.path.join(folder, "vision"), state_dict=vision)
     tokenizer.save_pretrained(folder)
 
 
@@ -677,7 +734,8 @@ def save_vlm(folder, vlm, tokenizer):
 # the contents not: hashes.json shows it.  No pickle anywhere: loading one runs code.
 
 # Flags that may change when a run goes on: none decides what is learnt.
-MAY_DIFFER = ("out", "resume", "save_every", "micro_batch", "workers", "evaluate", "show")
+MAY_DIFFER = ("out", "resume", "save_every", "micro_batch", "workers", "evaluate", "show",
+              "shard", "recompute")
 RUN_FILES = r"(step|part)-\d+|metrics\.jsonl|eval\.json|replies\.jsonl"  # --no-resume deletes them
 WEIGHTS = r"(model|projector).*\.safetensors"  # of a parent: with others it is another run
 
@@ -704,8 +762,7 @@ def is_intact(folder):
         expected = read_json(folder, "hashes.json")
     except (OSError, ValueError):  # absent or unreadable
         return False
-    found = file_hashes(folder)
-    return len(expected) > 0 and all(found.get(name) == expected[name] for name in expected)
+    return expected != {} and expected.items() <= file_hashes(folder).items()
 
 
 def steps_in(out):
@@ -791,12 +848,19 @@ def start_run(args, rows, script):
 
 
 def save_checkpoint(out, step, vlm, tokenizer, optimizer, run):
-    """Write out/step-N with all that a run needs to go on, and delete all but the newest two."""
+    """Write out/step-N with all that a run needs to go on, and delete all but the newest two.
+
+    All processes come here; the main one writes.
+    """
     part = os.path.join(out, f"part-{step}")
     final = os.path.join(out, f"step-{step}")
-    shutil.rmtree(part, ignore_errors=True)  # of a run killed while it wrote
+    if is_main_process():
+        shutil.rmtree(part, ignore_errors=True)  # of a run killed while it wrote
     save_vlm(part, vlm, tokenizer)
-    save_file(optimizer_tensors(vlm, optimizer), os.path.join(part, "optimizer.safetensors"))
+    moments = whole(optimizer_tensors(vlm, optimizer))
+    if not is_main_process():
+        return
+    save_file(moments, os.path.join(part, "optimizer.safetensors"))
     write_json({"step": step, "run": run}, part, "trainer_state.json")
     write_json(file_hashes(part), part, "hashes.json")
 
@@ -819,9 +883,15 @@ def optimizer_tensors(vlm, optimizer):
 def load_optimizer(checkpoint, vlm, optimizer):
     """Put a checkpoint's optimizer state into the optimizer. -> the step to go on from"""
     parameters = dict(vlm.named_parameters())
-    for key, value in load_file(os.path.join(checkpoint, "optimizer.safetensors")).items():
-        name, field = key.rsplit("/", 1)
-        parameter = parameters[name]
-        device = "cpu" if field == "step" else parameter.device  # AdamW counts steps on the CPU
-        optimizer.state[parameter][field] = value.to(device)
+    with safe_open(os.path.join(checkpoint, "optimizer.safetensors"), "pt") as tensors:
+        for key in sorted(tensors.keys()):  # the order in which all processes will save them
+            name, field = key.rsplit("/", 1)
+            parameter = parameters[name]
+            value = tensors.get_tensor(key)
+            if field != "step":  # AdamW counts steps on the CPU
+                value = value.to(parameter.device)
+                if isinstance(parameter, DTensor):  # keep our part
+                    value = distribute_tensor(
+                        value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            optimizer.state[parameter][field] = value
     return read_json(checkpoint, "trainer_state.json")["step"]

@@ -29,6 +29,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -88,6 +89,7 @@ def make_parser():
     add("--clip", type=float, default=1.0, help="highest gradient norm, 0: no limit")
     add("--max_length", type=int, default=1024, help="tokens of a form (script: 2048)")
     add("--seed", type=int, default=3407, help="of row order, projector (script: 3407)")
+    add("--recompute", action="store_true", help="LLM layers again in backward")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
         help="processes that make batches")
     add("--save_every", type=int, default=50, help="steps between checkpoints")
@@ -116,14 +118,13 @@ def parse_args(argv=None):
         if value != parser.get_default(flag):
             line += f" {flag}={value}*"
 
-    if bool(args.llm) != bool(args.vision):
-        parser.error("--llm and --vision go together")
-    if args.llm and args.init != parser.get_default("init"):
-        parser.error("--llm and --vision stand instead of --init")
-    if args.projector and not args.llm:
-        parser.error("--projector goes with --llm and --vision")
     if args.llm:
+        fits = args.vision and args.init == parser.get_default("init")
         args.init = None
+    else:
+        fits = not (args.vision or args.projector)
+    if not fits:
+        parser.error("give --init, or --llm and --vision (and --projector), not both")
     if os.environ.get("RANK", "0") == "0":
         print(line)
     return args
@@ -142,7 +143,9 @@ def setup_distributed():
         torch.cuda.set_device(device)
     # Already done when one stage starts another in this process.
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
+        # NCCL between GPUs, gloo between CPUs.  A day: all wait while rank 0 writes 100 GB; when a
+        # process dies, torchrun ends the others at once.
+        dist.init_process_group(timeout=timedelta(days=1))
     return rank, world, device
 
 
@@ -172,7 +175,7 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@functools.lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
+@functools.cache  # 8 bytes for each row that the run reads
 def shuffled(n_rows, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
@@ -194,8 +197,8 @@ def rows_of_step(step, rows, args, rank, world):
     # Inside a batch the order is free, since its loss is one sum.  Rows alike in length, with or
     # without a picture, share a micro-batch: less of it is padding.
     form = FORMS[-1]
-    batch.sort(key=lambda row: len(row[f"instruction{form}"]) + len(row[f"output{form}"]))
-    batch.sort(key=lambda row: row[f"image_url{form}"] != "")  # keeps the order of equal ones
+    batch.sort(key=lambda row: (
+        row[f"image_url{form}"] != "", len(row[f"instruction{form}"]) + len(row[f"output{form}"])))
     mine = batch[rank::world]  # rows rank, rank + world, ...: short and long ones for everyone
     return [mine[k:k + args.micro_batch] for k in range(0, len(mine), args.micro_batch)]
 # <<<
@@ -203,7 +206,7 @@ def rows_of_step(step, rows, args, rank, world):
 
 # >>> identical in stage1/2/3: batches
 @dataclass
-class StepBatches(Dataset):
+class StepBatches:
     """Item `step`: this process's micro-batches of that step, their answer tokens, rows dropped.
 
     A micro-batch is a list with one Batch for each of FORMS.  A DataLoader's workers get a copy of
@@ -238,7 +241,7 @@ def batches_of_steps(dataset, first_step):
     steps = range(first_step, args.steps)
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
     # One bar: rank 0's.  None: on a terminal only, not in a log file.
-    bar = tqdm(steps, initial=first_step, total=args.steps, disable=dataset.rank > 0 or None)
+    bar = tqdm(steps, disable=dataset.rank > 0 or None)
     try:
         yield from zip(bar, loader)
     except BadPicture as error:  # from a worker it comes with a traceback: the last line says it
@@ -256,7 +259,7 @@ def make_optimizer(vlm, args):
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
+    return torch.optim.AdamW(groups, betas=BETAS)  # main sets lr, anew for each step
 
 
 def write_log(args, device, numbers):
@@ -733,8 +736,8 @@ def fingerprint(module):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
-    if args.batch < world:
-        sys.exit(f"--batch {args.batch}: too few rows for {world} processes")
+    if args.batch % world:
+        sys.exit(f"--batch {args.batch} is no multiple of the {world} processes")
     if args.tau == 0 or (args.standardize and args.kernel == "triton"):
         sys.exit("--tau must be above 0, and --standardize goes without --kernel triton")
     rows, folder = open_data(args.data, f"stage2_{args.pairs}.jsonl", PAIR)
@@ -837,15 +840,15 @@ def main(argv=None):
             })
         if done == args.steps:
             assert fingerprint(vlm.language_model) == before, "the frozen LLM has changed"
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+        if done % args.save_every == 0 or done == args.steps:
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)
 
+    if args.steps == 0:  # nothing to train, but whoever asked wants a model there
+        save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
     if args.evaluate:  # by rank 0 alone, for as long as it takes
         leave_processes()
     if rank > 0:
         return
-    if args.steps == 0:  # nothing to train, but whoever asked wants a model there
-        save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
     evaluation.draw_losses(args.out)
     print(f"stage 2 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
     if args.evaluate and folder:  # the table is of data_gen.py's test problems

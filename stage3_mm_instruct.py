@@ -34,20 +34,21 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 import stage2_kl_align
 from model import (IGNORE, ROW, BadPicture, JsonLines, is_finished, load_optimizer, make_batches,
-                   on_main_process, open_data, save_checkpoint, start_run, start_vlm)
+                   on_main_process, open_data, save_checkpoint, shard, start_run, start_vlm)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn: all
 FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
@@ -64,8 +65,8 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--init", default="out/stage2", help="model to start from")
-    add("--llm", help="not --init: Qwen2 or Llama, folder or id")
-    add("--vision", help="with it: SigLIP or its tower, folder or id")
+    add("--llm", help="Qwen2 or Llama, folder or id")
+    add("--vision", help="SigLIP or its tower, folder or id")
     add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="data_gen.py's folder, JSONL files")
     add("--out", default="out/stage3", help="folder of checkpoints, metrics")
@@ -78,6 +79,8 @@ def make_parser():
     add("--clip", type=float, default=1.0, help="highest gradient norm, 0: none")
     add("--max_length", type=int, default=1024, help="tokens of a row (script: 2048)")
     add("--seed", type=int, default=3407, help="of row order, projector (script)")
+    add("--shard", action="store_true", help="split what learns (FSDP)")
+    add("--recompute", action="store_true", help="LLM layers again in backward")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
         help="processes that make batches")
     add("--save_every", type=int, default=50, help="steps between checkpoints")
@@ -105,14 +108,13 @@ def parse_args(argv=None):
         if value != parser.get_default(flag):
             line += f" {flag}={value}*"
 
-    if bool(args.llm) != bool(args.vision):
-        parser.error("--llm and --vision go together")
-    if args.llm and args.init != parser.get_default("init"):
-        parser.error("--llm and --vision stand instead of --init")
-    if args.projector and not args.llm:
-        parser.error("--projector goes with --llm and --vision")
     if args.llm:
+        fits = args.vision and args.init == parser.get_default("init")
         args.init = None
+    else:
+        fits = not (args.vision or args.projector)
+    if not fits:
+        parser.error("give --init, or --llm and --vision (and --projector), not both")
     if os.environ.get("RANK", "0") == "0":
         print(line)
     return args
@@ -131,7 +133,9 @@ def setup_distributed():
         torch.cuda.set_device(device)
     # Already done when one stage starts another in this process.
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
+        # NCCL between GPUs, gloo between CPUs.  A day: all wait while rank 0 writes 100 GB; when a
+        # process dies, torchrun ends the others at once.
+        dist.init_process_group(timeout=timedelta(days=1))
     return rank, world, device
 
 
@@ -161,7 +165,7 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@functools.lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
+@functools.cache  # 8 bytes for each row that the run reads
 def shuffled(n_rows, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
@@ -183,8 +187,8 @@ def rows_of_step(step, rows, args, rank, world):
     # Inside a batch the order is free, since its loss is one sum.  Rows alike in length, with or
     # without a picture, share a micro-batch: less of it is padding.
     form = FORMS[-1]
-    batch.sort(key=lambda row: len(row[f"instruction{form}"]) + len(row[f"output{form}"]))
-    batch.sort(key=lambda row: row[f"image_url{form}"] != "")  # keeps the order of equal ones
+    batch.sort(key=lambda row: (
+        row[f"image_url{form}"] != "", len(row[f"instruction{form}"]) + len(row[f"output{form}"])))
     mine = batch[rank::world]  # rows rank, rank + world, ...: short and long ones for everyone
     return [mine[k:k + args.micro_batch] for k in range(0, len(mine), args.micro_batch)]
 # <<<
@@ -192,7 +196,7 @@ def rows_of_step(step, rows, args, rank, world):
 
 # >>> identical in stage1/2/3: batches
 @dataclass
-class StepBatches(Dataset):
+class StepBatches:
     """Item `step`: this process's micro-batches of that step, their answer tokens, rows dropped.
 
     A micro-batch is a list with one Batch for each of FORMS.  A DataLoader's workers get a copy of
@@ -227,7 +231,7 @@ def batches_of_steps(dataset, first_step):
     steps = range(first_step, args.steps)
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
     # One bar: rank 0's.  None: on a terminal only, not in a log file.
-    bar = tqdm(steps, initial=first_step, total=args.steps, disable=dataset.rank > 0 or None)
+    bar = tqdm(steps, disable=dataset.rank > 0 or None)
     try:
         yield from zip(bar, loader)
     except BadPicture as error:  # from a worker it comes with a traceback: the last line says it
@@ -245,7 +249,7 @@ def make_optimizer(vlm, args):
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS)
+    return torch.optim.AdamW(groups, betas=BETAS)  # main sets lr, anew for each step
 
 
 def write_log(args, device, numbers):
@@ -265,8 +269,8 @@ def write_log(args, device, numbers):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
-    if args.batch < world:
-        sys.exit(f"--batch {args.batch}: too few rows for {world} processes")
+    if args.batch % world:  # with --shard each waits for the others in every micro-batch
+        sys.exit(f"--batch {args.batch} is no multiple of the {world} processes")
     rows, folder = open_data(args.data, "stage3.jsonl", ROW)
     if args.init == "out/stage2" and not on_main_process(is_finished, args.init):
         stage2_kl_align.main(["--data", folder or "data", "--out", args.init, "--no-evaluate"])
@@ -284,13 +288,15 @@ def main(argv=None):
         if rank == 0:
             print(f"{name}: {n_parameters:,} parameters, "
                   f"{'trained' if name in TRAINABLE else 'frozen'}")
+    if args.shard and world > 1:
+        shard(vlm)
     optimizer = make_optimizer(vlm, args)
     first_step = load_optimizer(checkpoint, vlm, optimizer) if checkpoint else 0
 
     # DDP: every process holds the whole model and sees a part of each batch; gradients are averaged
     # while backward runs.  `model` is for the pass that is trained; vlm stays the module itself,
-    # for weights, checkpoints and passes without a gradient.
-    model = DistributedDataParallel(vlm) if world > 1 else vlm
+    # for weights, checkpoints and passes without a gradient.  With --shard it is in parts already.
+    model = DistributedDataParallel(vlm) if world > 1 and not args.shard else vlm
     evaluation.print_caption_loss(vlm, tokenizer, folder, device, "before")
     vlm.train()  # there is no dropout here; but embed then gives a batch without a picture a blank
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
@@ -312,7 +318,7 @@ def main(argv=None):
         # ========================= the method: one step of stage 3 ==========================
         for k, [batch] in enumerate(micro_batches):  # FORMS has one entry, and so has this list
             batch = batch.to(device)
-            if world > 1:  # processes exchange gradients once a step, with the last micro-batch
+            if world > 1:  # DDP exchanges gradients once a step, with the last micro-batch
                 model.require_backward_grad_sync = (k == len(micro_batches) - 1)
             # autocast runs the matrix products in bfloat16 and keeps weights and sums in float32.
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -323,8 +329,8 @@ def main(argv=None):
             labels = batch.labels[batch.labels != IGNORE]  # (N,)
             # .float(): a log-softmax in bfloat16 has two digits.  No GradScaler: that is for
             # float16, whose small gradients become 0; bfloat16 has float32's range.
-            loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
-            loss = loss_sum / max(1, n_answer_tokens)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            loss = loss / max(1, n_answer_tokens)
             (loss * world).backward()  # DDP takes the mean over processes: x world, the sum
             loss_here += loss.detach()
         # ========================== from here on only bookkeeping ===========================
@@ -355,16 +361,16 @@ def main(argv=None):
                 "rows_s": rows_seen / (time.perf_counter() - started),
                 "dropped": rows_dropped / rows_seen,
             })
-        if rank == 0 and (done % args.save_every == 0 or is_last):
+        if done % args.save_every == 0 or is_last:
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)
 
+    if args.steps == 0:  # nothing to train, but whoever asked wants a model there
+        save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
     evaluation.print_caption_loss(vlm, tokenizer, folder, device, "after")
     if args.evaluate:  # by rank 0 alone, for as long as it takes
         leave_processes()
     if rank > 0:
         return
-    if args.steps == 0:  # nothing to train, but whoever asked wants a model there
-        save_checkpoint(args.out, 0, vlm, tokenizer, optimizer, run)
     evaluation.draw_losses(args.out)
     print(f"stage 3 done in {time.perf_counter() - started:.0f} s: {args.out}/step-{args.steps}")
     if args.evaluate and folder:  # the table is of data_gen.py's test problems

@@ -16,16 +16,19 @@ import stage3_mm_instruct
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "tiny")
 STAGES = {1: stage1_text_sft, 2: stage2_kl_align, 3: stage3_mm_instruct}
+LONG = "Find angle A. " * 40  # more than 130 tokens
 
 
 def flags(stage, data, out, **changes):
-    """Command line of a short run; `changes` are flags with their values."""
+    """Command line of a short run; `changes` are flags with their values, True: none."""
     values = {"init": TINY, "data": data, "out": out, "batch": 4, "micro_batch": 2, "steps": 3,
               "lr": 1e-3}
     values |= changes
     line = []
     for flag, value in values.items():
-        if value is not None:
+        if value is True:
+            line.append(f"--{flag}")
+        elif value is not None:
             line += [f"--{flag}", str(value)]
     if stage > 1:
         line.append("--no-evaluate")
@@ -38,10 +41,18 @@ def train(stage, data, out, **changes):
     return weights(out)
 
 
-def train_with_two_processes(runs, folder):
-    """runs: [(stage, its command line)], one after the other under one torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               os.path.join(ROOT, "tests", "run_stages.py"), json.dumps(runs)]
+def train_with_processes(world, runs, folder):
+    """Runs of stages, one after the other in one process group under one torchrun. -> what it said
+
+    runs  [(stage, its command line) or ("copy", [folder, its copy])], see run_stages.py
+
+    Each process hashes strings in its own way: nothing may hang on the order of a set.
+    """
+    own_hashes = 'PYTHONHASHSEED=$RANK exec "$0" "$@"'
+    script = os.path.join(ROOT, "tests", "run_stages.py")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}",
+               "--standalone", "--no-python", "sh", "-c", own_hashes, sys.executable, script,
+               json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr

@@ -15,12 +15,8 @@ import model
 import stage1_text_sft
 import stage2_kl_align
 import stage3_mm_instruct
-from helpers import (STAGES, TINY, batch_of, cross_entropy, distance, equal, flags, labels_of,
-                     metrics, pair, row, save_picture, train, train_with_two_processes, weights,
-                     write_rows)
-
-LONG = "Find angle A. " * 40  # more than 130 tokens
-
+from helpers import (LONG, STAGES, TINY, batch_of, cross_entropy, distance, equal, flags,
+                     labels_of, metrics, pair, row, save_picture, train, weights, write_rows)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -189,12 +185,6 @@ def test_a_batch_reaches_into_the_next_epoch(data):
     assert seen[:20] != seen[24:44]  # another order
 
 
-def test_a_batch_smaller_than_the_world_is_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage1_text_sft, "setup_distributed", lambda: (0, 5, torch.device("cpu")))
-    with pytest.raises(SystemExit, match="--batch 4: too few rows for 5 processes"):
-        train(1, data, tmp_path / "out")
-
-
 # --------------------------------------------------------------------------------------------------
 # Batches made by workers
 
@@ -255,54 +245,6 @@ def test_resuming_with_other_workers_is_exact(data, tmp_path):
     shutil.copytree(tmp_path / "a" / "step-2", tmp_path / "b" / "step-2")
     resumed = train(3, data, tmp_path / "b", steps=4, save_every=2, workers=2)
     assert equal(resumed, straight)
-
-
-# --------------------------------------------------------------------------------------------------
-# Several processes
-
-def test_two_processes_do_what_one_does(data, tmp_path):
-    """float32, gloo, torchrun; text-only and picture rows fall on different processes.
-
-    A batch of 5: one process has a row and a micro-batch more.  The last run has one row for each
-    process, and one of the two rows is too long: nobody waits for ever.
-    """
-    save_picture(tmp_path / "p.png")
-    too_long = row(LONG, image_url="p.png")
-    short = write_rows(tmp_path / "d.jsonl", [row(), too_long])
-    odd = {"batch": 5, "steps": 2, "clip": 0.5, "lr": 1e-4}
-    one_row_each = {"batch": 2, "steps": 1, "max_length": 130, "lr": 1e-4}
-    runs = {
-        "stage1": (1, data, odd),
-        "stage2": (2, data, odd),
-        "stage3": (3, data, odd),
-        "too_long": (3, short, one_row_each),
-    }
-    together = []
-    for name, (stage, files, changes) in runs.items():
-        out = str(tmp_path / f"two_{name}")
-        changes = changes | {"micro_batch": 1}
-        if name == "stage2":
-            changes["workers"] = 2
-        line = flags(stage, files, out, **changes)
-        together.append((stage, line))
-    # The last one ends with a table, made by rank 0 alone: the other must not wait for it, nor it
-    # for the other.
-    line = flags(2, data, str(tmp_path / "two_table"), steps=1)
-    line.remove("--no-evaluate")
-    together.append((2, line))
-    said = train_with_two_processes(together, tmp_path)
-    assert said.count("relative gap") == 1
-
-    before = weights(TINY)
-    for name, (stage, files, changes) in runs.items():
-        one = train(stage, files, tmp_path / f"one_{name}", micro_batch=5, **changes)
-        two = weights(tmp_path / f"two_{name}")
-        assert distance(two, one) < 1e-6 < 2e-5 < distance(before, one), name
-        logged_by_one = metrics(tmp_path / f"one_{name}")[-1]
-        logged_by_two = metrics(tmp_path / f"two_{name}")[-1]
-        assert logged_by_one["loss"] == pytest.approx(logged_by_two["loss"], rel=1e-5)
-        assert logged_by_one["dropped"] == logged_by_two["dropped"] == (
-            0.5 if name == "too_long" else 0)
 
 
 # --------------------------------------------------------------------------------------------------
