@@ -265,7 +265,10 @@ def build(system, args, compile_blocks):
         for block in vlm.modules():
             if isinstance(block, GradientCheckpointingLayer):
                 block.compile()
-    return vlm.train(), stage2.make_optimizer(vlm, args)
+    optimizer = stage2.make_optimizer(vlm, args)
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr  # the stage does so in each step
+    return vlm.train(), optimizer
 
 
 def make_rows(n_rows, shrink):

@@ -2,7 +2,8 @@
 
     run_stages.py '[[1, ["--out", "a"]], ["copy", ["a/step-1", "b/step-1"]], [1, ["--out", "b"]]]'
 
-At every save it prints how many bytes of weights and AdamW's moments this process holds.
+At every save it prints in how many units the model is split, if it is, and how many bytes of
+weights and AdamW's moments this process holds.
 """
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 import model  # noqa: E402
@@ -32,9 +34,15 @@ def bytes_here(tensors):
 
 
 def save_checkpoint(out, step, vlm, tokenizer, optimizer, run):
-    tensors = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+    tensors = []
+    for parameter in vlm.parameters():
+        if parameter.requires_grad:
+            tensors.append(parameter)
+        else:
+            assert not isinstance(parameter, DTensor), "a frozen part was split"
     tensors += model.optimizer_tensors(vlm, optimizer).values()
-    print(f"HOLDS {os.path.basename(out)} {bytes_here(tensors)}", flush=True)
+    n_units = sum(isinstance(module, FSDPModule) for module in vlm.modules())
+    print(f"HOLDS {os.path.basename(out)} {n_units} {bytes_here(tensors)}", flush=True)
     model.save_checkpoint(out, step, vlm, tokenizer, optimizer, run)
 
 

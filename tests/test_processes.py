@@ -1,4 +1,4 @@
-"""Several processes, float32, gloo, one torchrun a world size: DDP and --shard equal one process."""
+"""Several processes, float32, gloo, one torchrun a world size: DDP and --shard equal one."""
 import os
 import re
 import shutil
@@ -119,9 +119,10 @@ def test_the_table_at_the_end_is_made_once(said_by_two):
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_process_holds_its_part_of_weights_and_moments(world, said_by_two, said_by_four):
     said = said_by_two if world == 2 else said_by_four
-    for name, stage in {"shard1": 1, "shard3": 3}.items():
+    for name, stage, n_layers in (("shard1", 1, 5), ("shard3", 3, 5 + 4)):
         out = {2: "two", 4: "four"}[world] + f"_{name}"
-        held = [int(n) for n in re.findall(rf"HOLDS {out} (\d+)", said)]
+        assert set(re.findall(rf"HOLDS {out} (\d+)", said)) == {str(n_layers + 1)}  # and the rest
+        held = [int(n) for n in re.findall(rf"HOLDS {out} \d+ (\d+)", said)]
         assert len(held) == 2 * world  # at two saves
         total = 0
         for parameter, tensor in weights(TINY).items():
@@ -180,13 +181,14 @@ def test_recompute_changes_no_bit(runs, said_by_two, data, folder):
         assert equal(again, plain)
 
 
-def test_recompute_keeps_nothing_but_a_layer_s_input(data):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_recompute_keeps_nothing_but_a_layer_s_input(stage, data):
     """Counts what autograd keeps for the backward pass of one batch."""
     kept = {}
     for recompute in (False, True):
-        vlm, tokenizer = model.load_vlm(TINY)
-        if recompute:
-            model.recompute(vlm)
+        line = ["--init", TINY] + ["--recompute"] * recompute
+        args = STAGES[stage].make_parser().parse_args(line)
+        vlm, tokenizer = model.start_vlm(args, None, "cpu", ("language_model",))
         rows = model.JsonLines([os.path.join(data, "stage1.jsonl")])
         [batch], _ = model.make_batches(tokenizer, vlm.config, [rows[k] for k in range(4)])
         tensors = {}

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import count_memory
 import data_gen
 import eval as evaluation
 from ablation import markdown
@@ -152,6 +153,11 @@ def test_the_kernel_tables_are_those_of_the_stored_run():
     times = time_table(result["shapes"])
     assert f"<!-- accuracy -->\n{accuracy}\n<!-- /accuracy -->" in read("README.md")
     assert f"<!-- cpu -->\n{times}\n<!-- /cpu -->" in read("README.md")
+
+
+def test_the_memory_table_is_that_of_the_stored_count():
+    text = count_memory.table(read_result("memory"))
+    assert f"<!-- memory -->\n{text}\n<!-- /memory -->" in read("README.md")
 
 
 def test_the_training_table_is_that_of_the_stored_run():
