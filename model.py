@@ -157,7 +157,7 @@ class VLM(nn.Module):
         """
         x = self.embed(batch.input_ids, batch.pixel_values)
         output = self.language_model.model(inputs_embeds=x, use_cache=False)
-        return output.last_hidden_state[batch.labels != IGNORE]  # (B, L, H) -> (N, H)
+        return output.last_hidden_state[batch.is_answer]  # (B, L, H) -> (N, H)
 
     @torch.no_grad()
     def generate(self, batch, max_new_tokens, stop_id, pad_id):
@@ -231,6 +231,7 @@ class Batch:
     attention_mask: torch.Tensor  # (B, L) int64, 0 = pad; only generate needs it
     pixel_values: torch.Tensor  # (I, 3, S, S) float32 in [-1, 1], in order of appearance
     labels: torch.Tensor  # (B, L) int64; labels[b, t] is what t has to predict: ALREADY shifted
+    is_answer: torch.Tensor  # (B, L) bool: predicts an answer token, whether or not it has a label
 
     def to(self, device):
         moved = {name: tensor.to(device) for name, tensor in vars(self).items()}
@@ -322,11 +323,13 @@ def collate(examples, pad_id, size, left=False):
 
     pictures = [torch.zeros(0, 3, size, size)]  # for a batch without any
     pictures += [pixels[None] for _, _, pixels in examples if pixels is not None]
+    labels = pad([labels for _, labels, _ in examples], IGNORE)
     return Batch(
         input_ids=pad([ids for ids, _, _ in examples], pad_id),
         attention_mask=pad([[1] * len(ids) for ids, _, _ in examples], 0),
         pixel_values=torch.cat(pictures),
-        labels=pad([labels for _, labels, _ in examples], IGNORE),
+        labels=labels,
+        is_answer=labels != IGNORE,
     )
 
 

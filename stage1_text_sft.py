@@ -46,13 +46,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
-from model import (IGNORE, ROW, BadPicture, JsonLines, load_optimizer, make_batches,
-                   on_main_process, open_data, save_checkpoint, shard, start_run, start_vlm)
+from model import (ROW, BadPicture, JsonLines, load_optimizer, make_batches, on_main_process,
+                   open_data, save_checkpoint, shard, start_run, start_vlm)
 
 TRAINABLE = ("language_model",)  # children of VLM that learn in this stage; all others are frozen
 FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
 LOG_EVERY = 10  # steps between log lines
-BETAS = (0.9, 0.999)  # AdamW's (reported)
 LOG_LINE = ("step {step}/{steps} | loss {loss:.4f} | gnorm {gnorm:.2f} | lr {lr:.1e} | "
             "{rows_s:,.1f} rows/s | {dropped:.1%} too long")
 
@@ -88,8 +87,9 @@ def make_parser():
 
 
 # >>> identical in stage1/2/3: flags
-AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every")  # all other numbers: 0
-AT_MOST_1 = ("warmup", "alpha", "lam")  # all others: a billion
+AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every", "on_policy_tokens")
+# all other numbers: 0
+AT_MOST_1 = ("warmup", "alpha", "lam", "on_policy")  # all others: a billion
 
 
 def parse_args(argv=None):
@@ -180,7 +180,7 @@ def rows_of_step(step, rows, args, rank, world):
     for position in range(step * args.batch, (step + 1) * args.batch):
         epoch, place = divmod(position, len(rows))
         index = shuffled(len(rows), args.seed, epoch)[place]
-        batch.append(rows[index])
+        batch.append(rows[index] | {"position": position})
 
     # Inside a batch the order is free, since its loss is one sum.  Rows alike in length, with or
     # without a picture, share a micro-batch: less of it is padding.
@@ -215,7 +215,7 @@ class StepBatches:
             batches, dropped = make_batches(
                 self.tokenizer, self.config, rows, FORMS, self.args.max_length)
             micro_batches.append(batches)
-            n_answer_tokens += int((batches[0].labels != IGNORE).sum())
+            n_answer_tokens += int(batches[0].is_answer.sum())
             n_dropped += dropped
         return micro_batches, n_answer_tokens, n_dropped
 
@@ -247,7 +247,7 @@ def make_optimizer(vlm, args):
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=BETAS)  # main sets lr, anew for each step
+    return torch.optim.AdamW(groups)  # its betas are those reported; main sets lr in each step
 
 
 def write_log(args, device, numbers):
@@ -280,10 +280,8 @@ def main(argv=None):
     # ever; and before make_optimizer, which takes what needs one.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
-        n_parameters = sum(parameter.numel() for parameter in child.parameters())
         if rank == 0:
-            print(f"{name}: {n_parameters:,} parameters, "
-                  f"{'trained' if name in TRAINABLE else 'frozen'}")
+            print(f"{name}: {'trained' if name in TRAINABLE else 'frozen'}")
     if args.shard and world > 1:
         shard(vlm)
     optimizer = make_optimizer(vlm, args)
@@ -322,7 +320,7 @@ def main(argv=None):
                 # not learnt, and with a real vocabulary its logits would fill most of the memory.
                 hidden = model(batch)  # (N, H)
                 logits = F.linear(hidden, vlm.lm_head)  # (N, V)
-            labels = batch.labels[batch.labels != IGNORE]  # (N,)
+            labels = batch.labels[batch.is_answer]  # (N,)
             # .float(): a log-softmax in bfloat16 has two digits.  No GradScaler: that is for
             # float16, whose small gradients become 0; bfloat16 has float32's range.
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")

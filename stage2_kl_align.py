@@ -14,7 +14,7 @@ paper's levels; every level is pulled to the text (--pairs top), not to its neig
 Differs from the released code in: the README's section "Paper, released code, this code".
 
 In this order: flags; the blocks that all stages share; the loss (equations, textbook, how to make
-it fast, kernel); the two forms of a pair; --show; main.
+it fast, kernel); the two forms of a pair; --on_policy; --show; main.
 
 To fork it, change first: align_rows, the loss as a textbook has it (with --kernel eager it runs on
 a GPU too); or TRAINABLE; or what stands between the two banners in main.
@@ -56,10 +56,9 @@ except ImportError:  # reading, or running on a CPU, needs no Triton
 TRAINABLE = ("vision_model", "projector")  # the language model must come out bit-identical
 FORMS = ("", "_2")  # of a pair, as suffixes of its fields: strong = teacher, weak = student
 LOG_EVERY = 10  # steps between log lines
-BETAS = (0.9, 0.999)  # AdamW's (reported)
 LOG_LINE = ("step {step}/{steps} | loss {loss:.4f} (kl_ts {kl_ts:.2f} kl_st {kl_st:.2f} "
             "ce {ce:.2f}) | agree {agree:.1%} | gnorm {gnorm:.2f} | lr {lr:.1e} | "
-            "{rows_s:,.1f} pairs/s | {dropped:.1%} too long")
+            "{rows_s:,.1f} pairs/s | {dropped:.1%} too long | {writing:.0%} writing")
 
 
 def make_parser():
@@ -80,6 +79,8 @@ def make_parser():
     add("--tau", type=float, default=1.0, help="temperature in the KL (reported, script: 1)")
     add("--standardize", action="store_true", help="logits / their deviation in the KLs (script)")
     add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: by device")
+    add("--on_policy", type=float, default=0.0, help="share of pairs that the student answers")
+    add("--on_policy_tokens", type=int, default=64, help="of such an answer, at most")
     add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass)")
     add("--batch", type=int, default=32, help="pairs a step, all processes (reported: 64)")
     add("--micro_batch", type=int, default=16, help="pairs a forward pass at most")
@@ -100,8 +101,9 @@ def make_parser():
 
 
 # >>> identical in stage1/2/3: flags
-AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every")  # all other numbers: 0
-AT_MOST_1 = ("warmup", "alpha", "lam")  # all others: a billion
+AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every", "on_policy_tokens")
+# all other numbers: 0
+AT_MOST_1 = ("warmup", "alpha", "lam", "on_policy")  # all others: a billion
 
 
 def parse_args(argv=None):
@@ -192,7 +194,7 @@ def rows_of_step(step, rows, args, rank, world):
     for position in range(step * args.batch, (step + 1) * args.batch):
         epoch, place = divmod(position, len(rows))
         index = shuffled(len(rows), args.seed, epoch)[place]
-        batch.append(rows[index])
+        batch.append(rows[index] | {"position": position})
 
     # Inside a batch the order is free, since its loss is one sum.  Rows alike in length, with or
     # without a picture, share a micro-batch: less of it is padding.
@@ -227,7 +229,7 @@ class StepBatches:
             batches, dropped = make_batches(
                 self.tokenizer, self.config, rows, FORMS, self.args.max_length)
             micro_batches.append(batches)
-            n_answer_tokens += int((batches[0].labels != IGNORE).sum())
+            n_answer_tokens += int(batches[0].is_answer.sum())
             n_dropped += dropped
         return micro_batches, n_answer_tokens, n_dropped
 
@@ -259,7 +261,7 @@ def make_optimizer(vlm, args):
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=BETAS)  # main sets lr, anew for each step
+    return torch.optim.AdamW(groups)  # its betas are those reported; main sets lr in each step
 
 
 def write_log(args, device, numbers):
@@ -625,27 +627,21 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
     kernel   "eager" (the textbook), "triton" (CUDA, or with TRITON_INTERPRET=1 a CPU, slowly) or
              "auto": triton on CUDA
     returns  loss, {"kl_teacher_student", "kl_student_teacher", "ce"}: nats per answer token
-    raises   ValueError for shapes or settings that do not fit; a label >= V is an IndexError of the
+    raises   ValueError for shapes or a kernel that do not fit; a label >= V is an IndexError of the
              textbook on a CPU, and makes the kernel's loss NaN
     """
-    n_rows = len(hs)
-    if not (hs.shape == ht.shape == (n_rows, W.shape[1]) and labels.shape == (n_rows,)):
-        shapes = [tuple(x.shape) for x in (hs, ht, W, labels)]
-        raise ValueError(f"shapes of hs, ht, W, labels do not fit: {shapes}")
-    if not (0 <= alpha <= 1 and 0 <= lam <= 1 and 0 < tau < math.inf):
-        raise ValueError(f"alpha {alpha} and lam {lam} must be in [0, 1], tau {tau} above 0")
-    if kernel not in ("auto", "triton", "eager"):
-        raise ValueError(f"kernel {kernel}: auto, triton or eager")
-    needs_textbook = standardize or (W.requires_grad and torch.is_grad_enabled())
+    if hs.shape != ht.shape or len(hs) != len(labels):
+        raise ValueError(f"hs {hs.shape}, ht {ht.shape} and labels {labels.shape} do not fit")
+    fits_kernel = not standardize and not (W.requires_grad and torch.is_grad_enabled())
     if kernel == "auto":
-        kernel = "triton" if hs.is_cuda and triton and not needs_textbook else "eager"
-    if kernel == "triton" and needs_textbook:
-        raise ValueError("standardized logits and a W that learns need kernel eager")
-    if kernel == "triton" and not hs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("kernel triton needs a CUDA device, or TRITON_INTERPRET=1 from the start")
+        kernel = "triton" if hs.is_cuda and triton and fits_kernel else "eager"
+    can_run = hs.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if kernel == "triton" and not (fits_kernel and can_run):
+        raise ValueError("kernel triton needs a frozen W, no standardize, and a CUDA device or "
+                         "TRITON_INTERPRET=1 from the start: else take kernel eager")
 
     ht = ht.detach()
-    n_total = n_total or max(1, n_rows)
+    n_total = n_total or max(1, len(hs))
     if kernel == "triton":
         labels = labels.long().contiguous()
         loss, fkl, rkl, hard = FusedKLAlign.apply(hs, ht, W, labels, alpha, lam, tau, n_total)
@@ -665,72 +661,116 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
 
 def pair_of_rows(vlm, model, strong, weak):
     """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): one token a row."""
-    labels = weak.labels[weak.labels != IGNORE]
-    assert torch.equal(labels, strong.labels[strong.labels != IGNORE]), "a pair has two answers"
     with torch.no_grad():
         ht = vlm(strong)  # the bare module: DDP's forward would wait for a backward
     # The language model is frozen, but NOT under no_grad: the gradient has to flow THROUGH all its
     # layers to reach the projector and the vision encoder below it.  Its weights get none, since
     # they ask for none.
     hs = model(weak)
-    return ht, hs, labels
+    assert ht.shape == hs.shape, "a pair has two answers"
+    return ht, hs, weak.labels[weak.is_answer]
 
 
 @torch.no_grad()
-def count_agreements(hs, ht, W):
-    """Rows whose most probable token is the same on both sides: the number that one can feel."""
-    agreements = torch.zeros((), device=hs.device)
-    for student, teacher in zip(hs.split(1024), ht.split(1024)):
-        student_choice = (student.to(W.dtype) @ W.T).argmax(-1)  # (1024,)
-        teacher_choice = (teacher.to(W.dtype) @ W.T).argmax(-1)
-        agreements += (student_choice == teacher_choice).sum()
-    return agreements
+def first_choice(h, W):
+    """The most probable token of each hidden row. (N, H) -> (N,)"""
+    choices = [(rows.to(W.dtype) @ W.T).argmax(-1) for rows in h.split(1024)]
+    return torch.cat(choices)
 
+
+# --------------------------------------------------------------------------------------------------
+# --on_policy: the student's own words.  On given answers it learns what to say after words that it
+# might never say; on its own, what the text-rich form would go on with where IT gets to.  That form
+# reads the problem and the student's words so far: the teacher of each token is still at hand, a
+# label is not.  So both KLs count there, and no hard loss.
 
 @torch.no_grad()
+def answered_by_student(vlm, tokenizer, rows, args, device):
+    """Pairs with the student's reply to the weak form, as it is now, for the answer of both forms.
+
+    Greedy.  They are encoded anew, pictures too, which takes milliseconds where writing takes
+    seconds.  A reply that reaches --on_policy_tokens just ends there.
+    """
+    [prompts], _ = make_batches(tokenizer, vlm.config, rows, FORMS[1:], answer=False)
+    vlm.eval()
+    replies = vlm.generate(
+        prompts.to(device), args.on_policy_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    vlm.train()
+    answers = tokenizer.batch_decode(replies, skip_special_tokens=True)
+    return [row | {"output": answer, "output_2": answer} for row, answer in zip(rows, answers)]
+
+
+def with_own_words(vlm, step, dataset, device):
+    """Item `step` of dataset, its first --on_policy pairs answered by the student.
+
+    First in the order of the epoch: the same ones for any number of processes.
+    """
+    args = dataset.args
+    end = step * args.batch + round(args.on_policy * args.batch)
+    micro_batches = []
+    n_answer_tokens = 0
+    n_dropped = 0
+    for rows in rows_of_step(step, dataset.rows, args, dataset.rank, dataset.world):
+        own = [row for row in rows if row["position"] < end]
+        given = [row for row in rows if row not in own]
+        if own:
+            own = answered_by_student(vlm, dataset.tokenizer, own, args, device)
+        batches, dropped = make_batches(
+            dataset.tokenizer, vlm.config, own + given, FORMS, args.max_length)
+        for batch in batches:
+            batch.labels[:len(own)] = IGNORE  # no hard loss; is_answer still says where the KLs are
+        micro_batches.append(batches)
+        n_answer_tokens += int(batches[0].is_answer.sum())
+        n_dropped += dropped
+    return micro_batches, n_answer_tokens, n_dropped
+
+
 def show_pair(args, vlm, tokenizer, row, device):
     """One pair as a table over its answer tokens. The last line is what training on a CPU logs.
+
+    With --on_policy the tokens are the student's own.  "for t." is what the next token's
+    probability is for the teacher: near 0 where the student goes astray.
 
     Reading it: 46 and 98 can be the same token, since the weak form has 81 image tokens more and
     29 text tokens fewer.  A teacher that prefers 'angle' to '7' knows that solutions begin in three
     wordings.  And a student can be sure of an answer before it has learnt to see: it is given all
     tokens before this one, the right sums among them (teacher forcing).
     """
+    if args.on_policy:
+        [row] = answered_by_student(vlm, tokenizer, [row], args, device)
     (strong, weak), _ = make_batches(tokenizer, vlm.config, [row], FORMS, args.max_length)
+    if args.on_policy:
+        weak.labels[:] = IGNORE
     ht, hs, labels = pair_of_rows(vlm, vlm, strong.to(device), weak.to(device))
+    tokens = weak.input_ids[0, 1:][weak.is_answer[0, :-1]]  # (N,) what each row has to predict
     W = vlm.lm_head
-    loss_of = functools.partial(
-        kl_align_loss, W=W, alpha=args.alpha, lam=args.lam, tau=args.tau,
-        standardize=args.standardize, kernel=args.kernel)
+
+    def loss_of(rows):
+        return kl_align_loss(
+            hs[rows], ht[rows], W, labels[rows], alpha=args.alpha, lam=args.lam, tau=args.tau,
+            standardize=args.standardize, kernel=args.kernel)
 
     def word(token):
         return repr(tokenizer.decode([int(token)]))
 
     print(f"strong: {row['instruction']}  [{row['image_url'] or 'no picture'}]")
     print(f"weak:   {row['instruction_2']}  [{row['image_url_2'] or 'no picture'}]\n")
-    print(" position   next token |      teacher prob |      student prob |  KL(t||s)  KL(s||t)  "
-          "   ce")
-    strong_positions = (strong.labels[0] != IGNORE).nonzero().flatten().tolist()
-    weak_positions = (weak.labels[0] != IGNORE).nonzero().flatten().tolist()
-    for k in range(len(labels)):
-        _, parts = loss_of(hs[k:k + 1], ht[k:k + 1], labels=labels[k:k + 1])
-        p, teacher_token = (W @ ht[k].to(W.dtype)).softmax(-1).max(-1)
-        q, student_token = (W @ hs[k].to(W.dtype)).softmax(-1).max(-1)
-        print(f"{strong_positions[k]:4d} {weak_positions[k]:4d} {word(labels[k]):>12} | "
-              f"{word(teacher_token):>12} {p:.2f} | {word(student_token):>12} {q:.2f} | "
+    print(" position   next token  for t. |  teacher's choice |  student's choice |  KL(t||s)  "
+          "KL(s||t)     ce")
+    strong_positions = strong.is_answer[0].nonzero().flatten().tolist()
+    weak_positions = weak.is_answer[0].nonzero().flatten().tolist()
+    for k, (strong_position, weak_position) in enumerate(zip(strong_positions, weak_positions)):
+        _, parts = loss_of(slice(k, k + 1))
+        p = (W @ ht[k].to(W.dtype)).softmax(-1)  # (V,)
+        q = (W @ hs[k].to(W.dtype)).softmax(-1)
+        print(f"{strong_position:4d} {weak_position:4d} "
+              f"{word(tokens[k]):>12}    {p[tokens[k]]:.2f} | "
+              f"{word(p.argmax()):>12} {p.max():.2f} | {word(q.argmax()):>12} {q.max():.2f} | "
               f"{parts['kl_teacher_student']:9.4f} {parts['kl_student_teacher']:9.4f} "
               f"{parts['ce']:6.2f}")
-    loss, parts = loss_of(hs, ht, labels=labels)
-    print(f"mean of {len(labels)} tokens: kl_ts {parts['kl_teacher_student']:.4f} "
+    loss, parts = loss_of(slice(None))
+    print(f"mean of {len(tokens)} tokens: kl_ts {parts['kl_teacher_student']:.4f} "
           f"kl_st {parts['kl_student_teacher']:.4f} ce {parts['ce']:.4f} -> loss {loss:.4f}")
-
-
-def fingerprint(module):
-    """Of each weight a hash of its bits and a sum, to see whether any of them has changed."""
-    prints = {}
-    for name, weight in module.state_dict().items():
-        prints[name] = (torch.hash_tensor(weight).item(), weight.sum(dtype=torch.float64).item())
-    return prints
 
 
 def main(argv=None):
@@ -738,8 +778,8 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     if args.batch % world:
         sys.exit(f"--batch {args.batch} is no multiple of the {world} processes")
-    if args.tau == 0 or (args.standardize and args.kernel == "triton"):
-        sys.exit("--tau must be above 0, and --standardize goes without --kernel triton")
+    if args.tau == 0:
+        sys.exit("--tau must be above 0")
     rows, folder = open_data(args.data, f"stage2_{args.pairs}.jsonl", PAIR)
     if args.init == "out/stage1" and not on_main_process(is_finished, args.init):
         stage1_text_sft.main(["--data", folder or "data", "--out", args.init])
@@ -758,10 +798,8 @@ def main(argv=None):
     # ever; and before make_optimizer, which takes what needs one.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
-        n_parameters = sum(parameter.numel() for parameter in child.parameters())
         if rank == 0:
-            print(f"{name}: {n_parameters:,} parameters, "
-                  f"{'trained' if name in TRAINABLE else 'frozen'}")
+            print(f"{name}: {'trained' if name in TRAINABLE else 'frozen'}")
     optimizer = make_optimizer(vlm, args)
     first_step = load_optimizer(checkpoint, vlm, optimizer) if checkpoint else 0
 
@@ -770,23 +808,30 @@ def main(argv=None):
     # for weights, checkpoints and passes without a gradient.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
     vlm.train()  # there is no dropout here; but embed then gives a batch without a picture a blank
-    before = fingerprint(vlm.language_model)  # not a copy: it would be as large as the model
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
     rows_seen = 0
     rows_dropped = 0
+    seconds_writing = 0.0
 
-    for step, (micro_batches, n_answer_tokens, n_dropped) in batches_of_steps(dataset, first_step):
+    for step, batches in batches_of_steps(dataset, first_step):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
+        if args.on_policy:
+            began = time.perf_counter()
+            batches = with_own_words(vlm, step, dataset, device)
+            seconds_writing += time.perf_counter() - began
+
         # The loss of a step is ONE mean over all answer tokens of the global batch.  So they are
         # counted first, and a micro-batch adds (its sum) / (that count).  Not a mean of means: it
         # would weigh short answers more.
+        micro_batches, n_answer_tokens, n_dropped = batches
         n_answer_tokens, n_dropped = sum_over_processes([n_answer_tokens, n_dropped], device)
         is_logged = (step + 1) % LOG_EVERY == 0 or step + 1 == args.steps
-        loss_here = kl_ts_here = kl_st_here = ce_here = agree_here = 0.0
+        sums = torch.zeros(4, device=device)  # loss and its parts
+        n_agree_here = n_seen_here = 0
 
         # ========================= the method: one step of stage 2 ==========================
         for k, (strong, weak) in enumerate(micro_batches):
@@ -800,12 +845,13 @@ def main(argv=None):
                     standardize=args.standardize, n_total=max(1, n_answer_tokens),
                     kernel=args.kernel)
             (loss * world).backward()  # DDP takes the mean over processes: x world, the sum
-            loss_here += loss.detach()
-            kl_ts_here += parts["kl_teacher_student"]
-            kl_st_here += parts["kl_student_teacher"]
-            ce_here += parts["ce"]
+            sums += torch.stack([loss.detach(), *parts.values()])
             if is_logged:
-                agree_here += count_agreements(hs, ht, vlm.lm_head)
+                agrees = first_choice(hs, vlm.lm_head) == first_choice(ht, vlm.lm_head)
+                if args.on_policy:  # then `agree` is of the student's own words only
+                    agrees = agrees[labels == IGNORE]
+                n_agree_here += agrees.sum()
+                n_seen_here += len(agrees)
         # ========================== from here on only bookkeeping ===========================
 
         # What we believe: each weight that learns got a gradient in this step, and no frozen one.
@@ -814,8 +860,8 @@ def main(argv=None):
         # Clip the gradient of the whole step, after the last micro-batch: clipped parts have
         # another sum.
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
-        loss, kl_ts, kl_st, ce, n_agree = sum_over_processes(
-            [loss_here, kl_ts_here, kl_st_here, ce_here, agree_here], device)
+        loss, kl_ts, kl_st, ce, n_agree, n_seen = sum_over_processes(
+            [*sums, n_agree_here, n_seen_here], device)
         if not math.isfinite(loss + norm):  # the same on all processes, so all of them stop here
             sys.exit(f"step {step + 1}: loss {loss}, gnorm {norm}: not saved; try a lower --lr")
         optimizer.step()
@@ -824,6 +870,7 @@ def main(argv=None):
         done = step + 1
         rows_seen += args.batch
         rows_dropped += n_dropped
+        seconds = time.perf_counter() - started
         if rank == 0 and is_logged:
             write_log(args, device, {
                 "step": done,
@@ -832,14 +879,13 @@ def main(argv=None):
                 "kl_ts": kl_ts,
                 "kl_st": kl_st,
                 "ce": ce,
-                "agree": n_agree / max(1, n_answer_tokens),
+                "agree": n_agree / max(1, n_seen),
                 "gnorm": norm,
                 "lr": lr,
-                "rows_s": rows_seen / (time.perf_counter() - started),
+                "rows_s": rows_seen / seconds,
                 "dropped": rows_dropped / rows_seen,
+                "writing": seconds_writing / seconds,
             })
-        if done == args.steps:
-            assert fingerprint(vlm.language_model) == before, "the frozen LLM has changed"
         if done % args.save_every == 0 or done == args.steps:
             save_checkpoint(args.out, done, vlm, tokenizer, optimizer, run)
 

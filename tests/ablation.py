@@ -23,26 +23,38 @@ import stage3_mm_instruct  # noqa: E402
 from data_gen import LADDER  # noqa: E402
 from eval import share  # noqa: E402
 
-VARIANTS = {  # name: flags of stage 2, or the parent of a stage 3
-    "stage2": [],
-    "stage3": "stage2",
-    "ce_only": ["--lam", "0"],
-    "alpha0": ["--alpha", "0"],
-    "alpha1": ["--alpha", "1"],
-    "neighbours": ["--pairs", "neighbours"],
-    "stage3_without_stage2": "stage1",
+VARIANTS = {  # name: (module, parent, flags)
+    "stage1": (stage1_text_sft, None, []),
+    "stage2": (stage2_kl_align, "stage1", []),
+    "stage3": (stage3_mm_instruct, "stage2", []),
+    "ce_only": (stage2_kl_align, "stage1", ["--lam", "0"]),
+    "alpha0": (stage2_kl_align, "stage1", ["--alpha", "0"]),
+    "alpha1": (stage2_kl_align, "stage1", ["--alpha", "1"]),
+    "neighbours": (stage2_kl_align, "stage1", ["--pairs", "neighbours"]),
+    "stage3_without_stage2": (stage3_mm_instruct, "stage1", []),
+    "stage3_without_stage2_400": (stage3_mm_instruct, "stage1", ["--steps", "400"]),
+    "own_words_half": (stage2_kl_align, "stage1", ["--on_policy", "0.5"]),
+    "own_words_all": (stage2_kl_align, "stage1", ["--on_policy", "1"]),
+    "first_100": (stage2_kl_align, "stage1", ["--steps", "100"]),
+    "then_100": (stage2_kl_align, "first_100", ["--steps", "100"]),
+    "then_100_own_words": (stage2_kl_align, "first_100", ["--steps", "100", "--on_policy", "1"]),
 }
 
 
-def run(module, out, flags):
-    """Train unless done; -> (eval.json, seconds this call trained)"""
-    begun = time.time()
-    module.main([*flags, "--out", out])
-    seconds = time.time() - begun
-    if not os.path.exists(os.path.join(out, "eval.json")):
+def run(name, seed, folder):
+    """Train and mark what is not there yet, parents first. -> the dict of eval.json"""
+    module, parent, flags = VARIANTS[name]
+    out = os.path.join(folder, str(seed), name)
+    marks = os.path.join(out, "eval.json")
+    if not os.path.exists(marks):
+        line = [*flags, "--out", out, "--seed", str(seed)]
+        if parent is not None:
+            run(parent, seed, folder)
+            line += ["--init", os.path.join(folder, str(seed), parent), "--no-evaluate"]
+        module.main(line)
         evaluation.main([out, "--data", "data"])
-    with open(os.path.join(out, "eval.json")) as f:
-        return json.load(f) | {"train_seconds": seconds}
+    with open(marks) as f:
+        return json.load(f)
 
 
 def main():
@@ -53,30 +65,24 @@ def main():
     args = parser.parse_args()
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "ablation.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    for seed in map(str, args.seeds):
-        at, common = lambda name: os.path.join(args.out, seed, name), ["--seed", seed]
-        new = {"stage1": run(stage1_text_sft, at("stage1"), common)}
+    for seed in args.seeds:
         for name in args.variants:
-            if isinstance(VARIANTS[name], str):
-                flags, module = ["--init", at(VARIANTS[name])], stage3_mm_instruct
-            else:
-                flags, module = [*VARIANTS[name], "--init", at("stage1")], stage2_kl_align
-            new[name] = run(module, at(name), [*common, *flags, "--no-evaluate"])
-        runs = {}
-        if os.path.exists(path):  # read late: another process may be at another seed
-            with open(path) as f:
-                runs = json.load(f)["runs"]
-        runs[seed] = runs.get(seed, {}) | new
-        threads = torch.get_num_threads()
-        result = {
-            "command": "python tests/ablation.py",
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
-            "machine": f"{threads} CPU threads a run, {platform.machine()}",
-            "runs": dict(sorted(runs.items())),
-        }
-        with open(path, "w") as f:  # after every seed: a killed run keeps what it has
-            json.dump(result, f, indent=1)
+            marks = run(name, seed, args.out)
+            runs = {}
+            if os.path.exists(path):  # read late: another process may be at another run
+                with open(path) as f:
+                    runs = json.load(f)["runs"]
+            runs.setdefault(str(seed), {})[name] = marks
+            threads = torch.get_num_threads()
+            result = {
+                "command": "python tests/ablation.py",
+                "date": time.strftime("%Y-%m-%d"),
+                "torch": torch.__version__,
+                "machine": f"{threads} CPU threads a run, {platform.machine()}",
+                "runs": dict(sorted(runs.items())),
+            }
+            with open(path, "w") as f:  # after every run: what is killed keeps what it has
+                json.dump(result, f, indent=1)
     print(markdown(runs))
 
 
@@ -84,7 +90,7 @@ def markdown(runs):
     """The README's table: mean over the seeds that have run; if several, lowest and highest."""
     columns = [*LADDER, "ALL", "relative gap"]
     lines = ["| | seeds | " + " | ".join(columns) + " |", "|---|--:|" + "--:|" * len(columns)]
-    for name in ["stage1", *VARIANTS]:
+    for name in VARIANTS:
         results = [run[name] for run in runs.values() if name in run]
         if not results:
             continue

@@ -42,6 +42,7 @@ def runs(data, folder):
         "ddp1": (1, data, TWO_ROWS_EACH),
         "ddp2": (2, data, TWO_ROWS_EACH | {"workers": 2}),
         "ddp3": (3, data, TWO_ROWS_EACH),
+        "own_words": (2, data, TWO_ROWS_EACH | {"on_policy": 0.75, "recompute": True}),
         "shard1": (1, data, FOUR_ROWS_EACH | {"shard": True}),
         "shard3": (3, data, FOUR_ROWS_EACH | {"shard": True}),
         "too_long": (3, short, {"batch": 2, "steps": 1, "max_length": 130, "lr": 1e-4}),
@@ -93,7 +94,7 @@ def said_by_four(runs, folder):
     return train_with_processes(4, together, folder)
 
 
-RUNS = ["ddp1", "ddp2", "ddp3", "shard1", "shard3", "too_long"]
+RUNS = ["ddp1", "ddp2", "ddp3", "own_words", "shard1", "shard3", "too_long"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -206,8 +207,8 @@ def test_recompute_keeps_nothing_but_a_layer_s_input(stage, data):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_batch_that_cannot_be_shared_out_evenly_is_refused_first(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        STAGES[stage], "setup_distributed", lambda: (0, 5, torch.device("cpu")))
-    with pytest.raises(SystemExit, match="--batch 4 is no multiple of the 5 processes"):
+        STAGES[stage], "setup_distributed", lambda: (0, 3, torch.device("cpu")))
+    with pytest.raises(SystemExit, match="--batch 4 is no multiple of the 3 processes"):
         STAGES[stage].main(flags(stage, str(tmp_path / "data"), str(tmp_path / "out")))
     assert os.listdir(tmp_path) == []
 
