@@ -46,8 +46,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
-from model import (ROW, BadPicture, JsonLines, load_optimizer, make_batches, on_main_process,
-                   open_data, save_checkpoint, shard, start_run, start_vlm)
+from model import (PROJECTORS, ROW, BadPicture, JsonLines, load_optimizer, make_batches,
+                   on_main_process, open_data, save_checkpoint, shard, start_run, start_vlm)
 
 TRAINABLE = ("language_model",)  # children of VLM that learn in this stage; all others are frozen
 FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
@@ -65,7 +65,7 @@ def make_parser():
     add("--init", default="tiny", help="model to start from")
     add("--llm", help="Qwen2 or Llama, folder or id")
     add("--vision", help="SigLIP or its tower, folder or id")
-    add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
+    add("--projector", choices=list(PROJECTORS), help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="data_gen.py's folder, JSONL files")
     add("--out", default="out/stage1", help="folder of checkpoints, metrics")
     add("--steps", type=int, default=375, help="optimizer steps (ours: three passes)")

@@ -44,8 +44,8 @@ from transformers import PreTrainedTokenizerFast
 import data_gen
 import eval as evaluation
 import stage1_text_sft
-from model import (IGNORE, PAIR, BadPicture, JsonLines, is_finished, load_optimizer, make_batches,
-                   on_main_process, open_data, save_checkpoint, start_run, start_vlm)
+from model import (IGNORE, PAIR, PROJECTORS, BadPicture, JsonLines, is_finished, load_optimizer,
+                   make_batches, on_main_process, open_data, save_checkpoint, start_run, start_vlm)
 
 try:
     import triton
@@ -70,7 +70,7 @@ def make_parser():
     add("--init", default="out/stage1", help="model to start from")
     add("--llm", help="instead of --init: Qwen2 or Llama, folder or id")
     add("--vision", help="and with it: SigLIP or its tower, folder or id")
-    add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
+    add("--projector", choices=list(PROJECTORS), help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
     add("--out", default="out/stage2", help="folder of checkpoints, metrics")
     add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: text, or a level up")

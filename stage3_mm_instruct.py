@@ -47,8 +47,9 @@ from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 import stage2_kl_align
-from model import (ROW, BadPicture, JsonLines, is_finished, load_optimizer, make_batches,
-                   on_main_process, open_data, save_checkpoint, shard, start_run, start_vlm)
+from model import (PROJECTORS, ROW, BadPicture, JsonLines, is_finished, load_optimizer,
+                   make_batches, on_main_process, open_data, save_checkpoint, shard, start_run,
+                   start_vlm)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn: all
 FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
@@ -66,7 +67,7 @@ def make_parser():
     add("--init", default="out/stage2", help="model to start from")
     add("--llm", help="Qwen2 or Llama, folder or id")
     add("--vision", help="SigLIP or its tower, folder or id")
-    add("--projector", choices=["mlp", "gated"], help="a new one (None: mlp)")
+    add("--projector", choices=list(PROJECTORS), help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="data_gen.py's folder, JSONL files")
     add("--out", default="out/stage3", help="folder of checkpoints, metrics")
     add("--steps", type=int, default=200, help="optimizer steps (0.8 of a pass)")

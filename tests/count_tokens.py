@@ -48,7 +48,7 @@ def measure(name):
 
 def python_files():
     names = []
-    for pattern in ("*.py", "convert/*.py", "tiny/*.py", "tests/*.py"):
+    for pattern in ("*.py", "convert/*.py", "tiny/*.py", "assets/*.py", "tests/*.py"):
         names += sorted(glob.glob(pattern, root_dir=ROOT))
     return names
 

@@ -1,4 +1,5 @@
 """Each diff under "Fork it" in the README applies to the code as it stands, and the fork trains."""
+import importlib
 import os
 import re
 import shutil
@@ -6,49 +7,78 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import safe_open
 
 from helpers import ROOT, TINY
 
-FILES = ("data_gen.py", "model.py", "stage1_text_sft.py", "stage2_kl_align.py", "eval.py")
+MODULES = ("data_gen", "model", "eval", "stage1_text_sft", "stage2_kl_align")
 
 
 def read_forks():
-    """[(file, diff)] between the marks of the README."""
+    """[(summary, diff)] between the marks of the README."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         text = f.read()
     section = text.split("<!-- forks -->")[1].split("<!-- /forks -->")[0]
-    return re.findall(r"\(`(\w+\.py)`[^)]*\):\n\n```diff\n(.*?)```", section, re.S)
+    return re.findall(r"<summary>(.*?)</summary>\n\n```diff\n(.*?)```", section, re.S)
 
 
-def apply(diff, code):
-    """The code with the diff's lines changed; they must stand in it exactly once."""
-    lines = diff.splitlines()
-    old = "\n".join(line[1:] for line in lines if line[0] in " -")
-    new = "\n".join(line[1:] for line in lines if line[0] in " +")
-    assert code.count(old) == 1, "the diff no longer applies"
-    return code.replace(old, new)
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A function: diff -> the modules with it applied, imported from a copy, by name."""
+
+    def apply(diff):
+        for name in MODULES:
+            shutil.copy(os.path.join(ROOT, f"{name}.py"), tmp_path)
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+        subprocess.run(["git", "apply", "-"], cwd=tmp_path, check=True, input=diff, text=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in MODULES:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        modules = {name: importlib.import_module(name) for name in MODULES}
+        for name, module in modules.items():
+            assert module.__file__ == str(tmp_path / f"{name}.py")
+            monkeypatch.setitem(sys.modules, name, module)  # and away with it after the test
+        return modules
+
+    return apply
 
 
-def run(folder, *command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder)
+def backbones(folder):
+    """The two of tiny/ as someone else's: folders for --llm and --vision."""
+    shutil.copytree(os.path.join(TINY, "llm"), folder / "llm")
+    for name in os.listdir(TINY):
+        if name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(os.path.join(TINY, name), folder / "llm")
+    return ["--llm", str(folder / "llm"), "--vision", os.path.join(TINY, "vision")]
 
 
-@pytest.mark.parametrize("name,diff", read_forks())
-def test_a_fork_trains(tmp_path, name, diff):
-    changed = [line for line in diff.splitlines() if line[0] in "+-"]
-    assert len(changed) < 10
-    for file in FILES:
-        shutil.copy(os.path.join(ROOT, file), tmp_path)
-    path = tmp_path / name
-    path.write_text(apply(diff, path.read_text(encoding="utf-8")), encoding="utf-8")
+@pytest.mark.parametrize("summary,diff", read_forks())
+def test_a_fork_trains(summary, diff, fork, tmp_path):
+    changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-]{2} )", line)]
+    assert 0 < len(changed) <= 10
+    modules = fork(diff)
+    flags = re.findall(r"`(--.*?)`", summary)[:1]
+    start = backbones(tmp_path) if "--projector linear" in flags else ["--init", TINY]
 
-    made = run(tmp_path, "data_gen.py", "--n", "12", "--n_test", "1")
-    assert made.returncode == 0, made.stderr
-    trained = run(tmp_path, "stage2_kl_align.py", "--init", TINY, "--steps", "2", "--batch", "4",
-                  "--micro_batch", "4", "--no-evaluate")
-    assert trained.returncode == 0, trained.stderr
-    assert "step 2/2" in trained.stdout + trained.stderr
+    data = str(tmp_path / "data")
+    modules["data_gen"].main(["--out", data, "--n", "13", "--n_test", "1"])
+    line = [*start, "--data", data, "--out", str(tmp_path / "out"), "--batch", "4", "--steps", "2",
+            "--save_every", "1", "--no-evaluate"]
+    line += " ".join(flags).split()
+    modules["stage2_kl_align"].main(line)
+    assert (tmp_path / "out" / "step-2" / "hashes.json").exists()
+
+    # It goes on, too; and a running mean of weights is in the checkpoint.
+    shutil.rmtree(tmp_path / "out" / "step-2")
+    modules["stage2_kl_align"].main(line)
+    assert (tmp_path / "out" / "step-2" / "hashes.json").exists()
+    if '"mean"' in diff:
+        path = tmp_path / "out" / "step-2" / "optimizer.safetensors"
+        with safe_open(path, "pt") as tensors:
+            assert "projector.up.weight/mean" in tensors.keys()
 
 
 def test_there_are_forks():
-    assert len(read_forks()) >= 3
+    summaries = [summary for summary, _ in read_forks()]
+    for word in ("Jensen-Shannon", "running mean", "rung", "family", "projector"):
+        assert any(word in summary for summary in summaries), word

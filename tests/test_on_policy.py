@@ -97,7 +97,7 @@ def test_a_reply_that_reaches_the_limit_just_ends_there(vlm_and_tokenizer, data)
     dataset = dataset_of(
         vlm_and_tokenizer, data, "--on_policy", "1", "--on_policy_tokens", "3")
     micro_batches, n_answer_tokens, _ = own_words(vlm_and_tokenizer, dataset)
-    assert n_answer_tokens == 8 * (3 + 1)  # where each token was chosen, and where the next would be
+    assert n_answer_tokens == 8 * (3 + 1)  # each token, and what would be next
 
 
 def test_a_reply_without_a_word_counts_where_it_ended(vlm_and_tokenizer, data, monkeypatch):
@@ -157,7 +157,8 @@ def test_show_prints_own_words_and_what_the_teacher_thinks_of_them(data, capsys)
             tokens.append(token)
             # The student is greedy, so each token is its own first choice.
             assert cells[2].startswith(f"{token} "), line
-    mean = re.search(r"mean of (\d+) tokens: kl_ts (\S+) kl_st (\S+) ce (\S+) -> loss (\S+)", said)
+    mean = re.search(r"mean of (\d+) tokens: kl_ts (\S+) kl_st (\S+) ce (\S+) -> loss (\S+)",
+                     said)
     assert len(tokens) == int(mean[1]) > 5
     assert tokens[-1] == "'<|im_end|>'"
     assert float(mean[4]) == 0

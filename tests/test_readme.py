@@ -3,14 +3,15 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 
 import pytest
 
+import ablation
 import count_memory
 import data_gen
 import eval as evaluation
-from ablation import markdown
 from bench_kl import accuracy_table, time_table
 from bench_train import table
 from count_tokens import measure, python_files
@@ -142,9 +143,28 @@ def test_the_pasted_ladder_is_what_show_prints(tmp_path, monkeypatch, capsys):
     assert os.path.exists("data_show_0.png")
 
 
-def test_the_table_of_many_seeds_is_that_of_the_stored_runs():
-    text = markdown(read_result("ablation")["runs"])
+def test_the_tables_of_variants_are_those_of_the_stored_runs():
+    runs = read_result("ablation")["runs"]
+    text = ablation.markdown(runs)
     assert f"<!-- ablation -->\n{text}\n<!-- /ablation -->" in read("README.md")
+    text = ablation.differences_table(runs)
+    assert f"<!-- differences -->\n{text}\n<!-- /differences -->" in read("README.md")
+
+
+def test_paired_differences_by_hand():
+    def result(correct):
+        return {"all": correct, "versions": {}}
+
+    runs = {
+        "1": {"stage2": result(0.50), "ce_only": result(0.48)},
+        "2": {"stage2": result(0.60), "ce_only": result(0.56)},
+        "3": {"stage2": result(0.70)},
+    }
+    mean, half = ablation.differences(runs, "ce_only", "all")
+    assert mean == pytest.approx(-3)
+    assert half == pytest.approx(12.71 * 2 ** 0.5 / 2 ** 0.5)  # deviation sqrt(2), two seeds
+    del runs["2"]
+    assert ablation.differences(runs, "ce_only", "all") == (pytest.approx(-2), None)
 
 
 def test_the_kernel_tables_are_those_of_the_stored_run():
@@ -152,7 +172,7 @@ def test_the_kernel_tables_are_those_of_the_stored_run():
     accuracy = accuracy_table(result["accuracy"])
     times = time_table(result["shapes"])
     assert f"<!-- accuracy -->\n{accuracy}\n<!-- /accuracy -->" in read("README.md")
-    assert f"<!-- cpu -->\n{times}\n<!-- /cpu -->" in read("README.md")
+    assert f"<!-- cpu -->\n{times}\n<!-- /cpu -->" in read("tests/results/README.md")
 
 
 def test_the_memory_table_is_that_of_the_stored_count():
@@ -162,16 +182,43 @@ def test_the_memory_table_is_that_of_the_stored_count():
 
 def test_the_training_table_is_that_of_the_stored_run():
     text = table(read_result("bench_train_shrunk"))
-    assert f"<!-- train -->\n{text}\n<!-- /train -->" in read("README.md")
+    assert f"<!-- train -->\n{text}\n<!-- /train -->" in read("tests/results/README.md")
 
 
-@pytest.mark.parametrize("mark,stages", [
-    ("table1", ["tiny", "out/stage1", "out/stage2"]),
-    ("table3", ["tiny", "out/stage1", "out/stage2", "out/stage3"])])
-def test_the_tables_of_the_default_run_are_the_stored_ones(mark, stages):
-    models = read_result("default_run")["models"]
-    columns = {name: models[name] for name in stages}
-    assert evaluation.table(columns) == between(mark)
+def test_the_table_of_the_default_run_is_the_stored_one():
+    assert evaluation.table(read_result("default_run")["models"]) == between("table3")
+
+
+def words_outside_tables_and_code(text):
+    for what in (r"```.*?```", r"\$\$.*?\$\$", r"<!--.*?-->", r"^\|.*?$"):
+        text = re.sub(what, "", text, flags=re.S | re.M)
+    return text.split()
+
+
+def test_the_readme_is_short():
+    assert len(words_outside_tables_and_code(read("README.md"))) <= 2500
+
+
+def commands_of_the_readme():
+    """[(script, flags)] of every line that runs a script of the card, "..." left out."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", read("README.md"), re.S):
+        for line in block.splitlines():
+            command = line.split("  #")[0].replace("...", "")
+            script = re.search(r"(?<=[ /])(\w+\.py)( .*)?$", command)
+            if script and script[1] in SCRIPTS and "/" + script[1] not in command:
+                found.append((script[1], (script[2] or "").split("&&")[0]))
+    return found
+
+
+@pytest.mark.parametrize("script,flags", commands_of_the_readme())
+def test_a_command_of_the_readme_is_understood(script, flags):
+    importlib.import_module(script.removesuffix(".py")).parse_args(shlex.split(flags))
+
+
+def test_there_are_commands_in_the_readme():
+    scripts = {script for script, _ in commands_of_the_readme()}
+    assert scripts == set(SCRIPTS) - {"model.py"}
 
 
 def test_the_versions_with_a_picture():
