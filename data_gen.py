@@ -837,6 +837,9 @@ def main(argv=None):
             whole.rename(out)  # cannot happen by half
     except (OSError, BrokenExecutor) as error:  # no space, no permission; a worker that was killed
         sys.exit(f"data_gen.py: --out {args.out} is not written: {error}")
+    except KeyboardInterrupt:
+        print("stopped: nothing is written")
+        sys.exit(130)  # as a shell counts it
     print(f"wrote {args.out}/: {3 * (args.n + args.n_test)} pictures, {args.size} x {args.size}; "
           f"rows {rows}")
 

@@ -29,6 +29,7 @@ import re
 import sys
 import unicodedata
 from collections import namedtuple
+from contextlib import suppress
 from fractions import Fraction
 
 import torch
@@ -37,8 +38,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data_gen import LADDER, make_problem, view
-from model import (IGNORE, BadPicture, JsonLines, check_rows, file_hashes, find_model,
-                   is_main_process, load_vlm, make_batches, read_json, write_json)
+from model import (IGNORE, JsonLines, check_rows, file_hashes, find_model, is_main_process,
+                   load_vlm, make_batches, read_json, says_it_in_one_line, write_json)
 
 IMAGE_VERSIONS = [version for version, (_, picture) in LADDER.items() if picture]
 KINDS = ("choice", "choice_text", "integer", "float", "list", "free")  # of answers
@@ -92,14 +93,14 @@ def rows_by_id(path, fields):
     by_id = {}
     for row in rows:
         if row["id"] in by_id:
-            sys.exit(f"{row['where']}: the id {row['id']!r} a second time")
+            sys.exit(f"{row['where']}: the id {row['id']!r} a second time; give each row its own")
         by_id[row["id"]] = row
     return by_id
 
 
 def load_problems(folder):
     """{id: row} of folder/test.jsonl"""
-    path = os.path.join(folder, "test.jsonl")
+    path = f"{folder}/test.jsonl"
     problems = rows_by_id(path, ("id", "image_url", "instruction", "answer", "kind"))
     for row in problems.values():
         wrong = what_is_wrong(row)
@@ -122,7 +123,7 @@ def what_is_wrong(row):
 
 
 def is_builtin(folder):
-    return os.path.exists(os.path.join(folder, "manifest.json"))  # data_gen.py's
+    return os.path.exists(f"{folder}/manifest.json")  # data_gen.py's
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def replies_of_model(folder, problems, wanted, args):
         if row["image_url"]:
             with open(os.path.join(row["folder"], row["image_url"]), "rb") as f:
                 digest.update(f.read())
-    path = os.path.join(folder, f"decoded-{digest.hexdigest()[:8]}.jsonl")
+    path = f"{folder}/decoded-{digest.hexdigest()[:8]}.jsonl"
 
     with open(path, "ab+") as f:
         f.seek(0)
@@ -188,10 +189,8 @@ def generate_replies(vlm, tokenizer, rows, args):
     rows = sorted(rows, key=lambda row: (row["image_url"] == "", -len(row["instruction"])))
     for start in tqdm(range(0, len(rows), args.batch_size), desc="replies", disable=None):
         some = rows[start:start + args.batch_size]
-        try:  # no max_length: no prompt is too long to be read
-            [batch], _ = make_batches(tokenizer, vlm.config, some, answer=False)
-        except BadPicture as error:
-            sys.exit(str(error))
+        # no max_length: no prompt is too long to be read
+        [batch], _ = make_batches(tokenizer, vlm.config, some, answer=False)
         # float32 on a CPU: the same reply in any batch.  bfloat16 on a GPU: the last bits depend on
         # the batch, and now and then a token does.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -218,7 +217,7 @@ def evaluate(name, problems, args):
     folder = result_folder(name, args)
     os.makedirs(folder, exist_ok=True)
     scores = {}
-    with open(os.path.join(folder, "replies.jsonl"), "w", encoding="utf-8") as f:
+    with open(f"{folder}/replies.jsonl", "w", encoding="utf-8") as f:
         for row in rows:
             reply = replies.get(row["id"], "")
             score = mark(row, reply)
@@ -239,7 +238,7 @@ def result_folder(name, args):
     elif not is_builtin(args.data):
         folder = os.path.join(name, os.path.basename(os.path.abspath(args.data)))
     if args.limit:
-        folder = os.path.join(folder, f"limit-{args.limit}")
+        folder = f"{folder}/limit-{args.limit}"
     return folder
 
 
@@ -381,10 +380,14 @@ def draw_accuracy(results, path):
 
 def draw_losses(out):
     """out/loss.png of out/metrics.jsonl. A step that stands there twice: the last line counts."""
-    path = os.path.join(out, "metrics.jsonl")
+    path = f"{out}/metrics.jsonl"
     if not os.path.exists(path):  # no step was made
         return
-    by_step = {row["step"]: row for row in JsonLines([path])}
+    rows = JsonLines([path])
+    by_step = {}
+    for i in range(len(rows)):
+        with suppress(ValueError):  # a kill or a full disk may have left half a line
+            by_step[rows[i]["step"]] = rows[i]
     steps = sorted(by_step)
     names = [name for name in ("loss", "kl_ts", "kl_st", "ce") if name in by_step[steps[-1]]]
     # One logarithmic axis for all runs, so that they can be compared.  It has no place for 0: what
@@ -402,7 +405,7 @@ def draw_losses(out):
             points.append((LEFT + scale * step, level((math.log10(loss) + 3) / 4)))
         draw.line(points, shade, 3)
         draw.circle(points[-1], 3, shade)  # all that a run of one step has
-    image.save(os.path.join(out, "loss.png"))
+    image.save(f"{out}/loss.png")
 
 
 @torch.no_grad()
@@ -460,6 +463,7 @@ def show(args, problems):
 
 # --------------------------------------------------------------------------------------------------
 
+@says_it_in_one_line
 def main(argv=None):
     args = parse_args(argv)
     if args.ask:

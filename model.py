@@ -28,7 +28,10 @@ import shutil
 import struct
 import sys
 from array import array
-from dataclasses import dataclass
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +39,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from huggingface_hub import snapshot_download
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -121,25 +124,21 @@ class VLM(nn.Module):
         input_ids     (B, L) int64
         pixel_values  (I, 3, S, S) float32 in [-1, 1], in order of appearance
         returns       (B, L, H)
-        raises        ValueError when the number of placeholders is not I * P
         """
         x = self.language_model.get_input_embeddings()(input_ids)  # (B, L, H)
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # then sums between layers stay float32 too: the KL needs the digits
 
         n_pictures = len(pixel_values)
-        expected = n_pictures * self.config["image_tokens"]
         is_image = input_ids == self.config["image_token_id"]  # (B, L)
-        if is_image.sum() != expected:
-            raise ValueError(f"{is_image.sum()} image placeholders in the tokens, but {n_pictures} "
-                             f"pictures need {expected}")
+        assert is_image.sum() == n_pictures * self.config["image_tokens"], "I * P placeholders"
 
         # A process whose rows have no picture still sends a blank one through and uses none of its
         # features: DDP waits on every process for a gradient of every trainable parameter.
         if n_pictures == 0:
             parameters = [*self.vision_model.parameters(), *self.projector.parameters()]
             learns = any(parameter.requires_grad for parameter in parameters)
-            if not (learns and self.training and torch.is_grad_enabled()):
+            if not (learns and torch.is_grad_enabled()):
                 return x
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
 
@@ -221,12 +220,11 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # of Pillow's: for EPS 
 MAX_PIXELS = 50_000_000  # ours: 200 MB decoded; a file of a few kB can claim far more
 
 
-class BadPicture(ValueError):
-    """A picture that cannot be read; the message names it."""
+class BadFile(ValueError):
+    """A file that cannot be used; the message names it."""
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     input_ids: torch.Tensor  # (B, L) int64
     attention_mask: torch.Tensor  # (B, L) int64, 0 = pad; only generate needs it
     pixel_values: torch.Tensor  # (I, 3, S, S) float32 in [-1, 1], in order of appearance
@@ -234,34 +232,32 @@ class Batch:
     is_answer: torch.Tensor  # (B, L) bool: predicts an answer token, whether or not it has a label
 
     def to(self, device):
-        moved = {name: tensor.to(device) for name, tensor in vars(self).items()}
-        return Batch(**moved)
+        return Batch(*[tensor.to(device) for tensor in self])
 
 
-def load_image(path, size, pad_color=None):
+def load_image(path, size, pad_color=None, name="picture"):
     """A picture file as (3, size, size) float32 in [-1, 1]: SigLIP's normalisation, mean, std = .5.
 
     Resized without keeping the aspect, as in the released Qwen2 code; with a pad_color (R, G, B)
     keeping it, on a square of that color, as in the released DeepSeek code.  Of an animation the
-    first frame.  Raises BadPicture, naming the file, if it is broken or larger than MAX_PIXELS.
+    first frame.  Raises BadFile, with name and path, if it is broken or larger than MAX_PIXELS.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known before anything is decoded
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+                raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
             image = ImageOps.exif_transpose(image)  # phones store the turn beside the pixels
             image = image.convert("RGBA")
     except (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error,
             Image.DecompressionBombError) as error:  # each was seen with a damaged file
-        raise BadPicture(f"picture {path} cannot be read: {error}") from None
+        raise BadFile(f"{name} {path} cannot be read: {error}") from None
 
     white = Image.new("RGBA", image.size, "white")  # convert("RGB") makes transparency black
     image = Image.alpha_composite(white, image).convert("RGB")
 
-    if pad_color is not None:
+    if pad_color:
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, tuple(pad_color))
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1  # (S, S, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -272,37 +268,38 @@ def encode_example(tokenizer, config, row, form="", answer=True):
     config  of the VLM, see assemble
     row     a data row; its fields are read with the suffix `form`, "" or "_2"
     answer  False: the prompt only, for generation
-    raises  BadPicture, naming row and file
+    raises  BadFile, naming row and file
 
     The picture's placeholders stand before the question, so that every word can attend to the
     picture.  They are put in HERE, before the model, so that labels and logits count positions
     alike.  (The released Qwen code expands them inside forward; its alignment loss then picks other
     rows, see the README.)
     """
-    # The chat template says what stands before and after the user's words.
-    mark = "\x00"
-    conversation = [{"role": "user", "content": mark}]
-    frame = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    before, after = frame.split(mark)
+    def render(words):  # what stands before and after a user's words says the chat template
+        conversation = [{"role": "user", "content": words}]
+        return tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True)
 
     def encode(text, **options):
         return tokenizer(text, add_special_tokens=False, **options).input_ids
 
-    prompt = encode(before)
     instruction = row[f"instruction{form}"]
+    placeholders = ""
     pixels = None
     if row[f"image_url{form}"]:
         path = os.path.join(row["folder"], row[f"image_url{form}"])
-        try:
-            pixels = load_image(path, config["image_size"], config["pad_color"])
-        except BadPicture as error:
-            raise BadPicture(f"{row['where']}: {error}") from None
-        prompt += [config["image_token_id"]] * config["image_tokens"]
+        pixels = load_image(
+            path, config["image_size"], config["pad_color"], f"{row['where']}: picture")
+        placeholders = IMAGE_TOKEN * config["image_tokens"]
         instruction = config["after_image"] + instruction
 
-    # split_special_tokens: what a row says is data, "<|im_end|>" typed there is plain text
-    prompt += encode(instruction, split_special_tokens=True)
-    prompt += encode(after)
+    # In one piece: Llama-2's tokenizer would begin each piece with a space.  But what a row says is
+    # data: a "<|im_end|>" typed there is plain text, encoded apart.
+    if any(token in instruction for token in tokenizer.get_added_vocab()):
+        before, after = render(placeholders + "\x00").split("\x00")
+        prompt = encode(before) + encode(instruction, split_special_tokens=True) + encode(after)
+    else:
+        prompt = encode(render(placeholders + instruction))
     if not answer:
         return prompt, [IGNORE] * len(prompt), pixels
 
@@ -313,20 +310,20 @@ def encode_example(tokenizer, config, row, form="", answer=True):
     return prompt + target, labels, pixels
 
 
-def collate(examples, pad_id, size, left=False):
+def collate(examples, pad_id, size, side="right"):
     """Results of encode_example -> Batch, padded on the right, or on the left for generation."""
-    side = "left" if left else "right"
+    ids, labels, pixels = zip(*examples)
 
     def pad(lists, value):  # -> (B, L)
         tensors = [torch.tensor(numbers) for numbers in lists]
         return pad_sequence(tensors, True, value, side)
 
     pictures = [torch.zeros(0, 3, size, size)]  # for a batch without any
-    pictures += [pixels[None] for _, _, pixels in examples if pixels is not None]
-    labels = pad([labels for _, labels, _ in examples], IGNORE)
+    pictures += [one[None] for one in pixels if one is not None]
+    labels = pad(labels, IGNORE)
     return Batch(
-        input_ids=pad([ids for ids, _, _ in examples], pad_id),
-        attention_mask=pad([[1] * len(ids) for ids, _, _ in examples], 0),
+        input_ids=pad(ids, pad_id),
+        attention_mask=pad([[1] * len(one) for one in ids], 0),
         pixel_values=torch.cat(pictures),
         labels=labels,
         is_answer=labels != IGNORE,
@@ -343,20 +340,22 @@ def make_batches(tokenizer, config, rows, forms=("",), max_length=None, answer=T
                 has its backward pass.
     answer      False: prompts only, padded on the left, for generation
     """
-    examples = {form: [] for form in forms}
     padding = ([tokenizer.pad_token_id], [IGNORE], None)
+    examples = []  # of each row all forms
     n_dropped = 0
     for row in rows:
-        encoded = {form: encode_example(tokenizer, config, row, form, answer) for form in forms}
-        longest = max(len(ids) for ids, _, _ in encoded.values())
-        too_long = max_length is not None and longest > max_length
-        n_dropped += too_long
-        for form in forms:
-            examples[form].append(padding if too_long else encoded[form])
+        encoded = [encode_example(tokenizer, config, row, form, answer) for form in forms]
+        longest = max(len(ids) for ids, _, _ in encoded)
+        if max_length and longest > max_length:
+            encoded = [padding] * len(forms)
+            n_dropped += 1
+        examples.append(encoded)
 
-    pad_id = tokenizer.pad_token_id
-    size = config["image_size"]
-    return [collate(examples[form], pad_id, size, left=not answer) for form in forms], n_dropped
+    batches = []
+    for same_form in zip(*examples):
+        side = "right" if answer else "left"
+        batches.append(collate(same_form, tokenizer.pad_token_id, config["image_size"], side))
+    return batches, n_dropped
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,20 +371,43 @@ def is_main_process():
 
 
 def on_main_process(function, *inputs):
-    """What function(*inputs) returns on rank 0, on every process. If rank 0 exits there, all do."""
+    """What function(*inputs) returns on rank 0, on every process. If rank 0 exits there, all do.
+
+    And all do when another was started otherwise: it would wait for ever, or learn something else.
+    """
     if not dist.is_initialized():
         return function(*inputs)
-    message = [None, None]  # what it returned, or why it exited
+    result = None
+    problem = None
     if is_main_process():
         try:
-            message[0] = function(*inputs)
+            result = function(*inputs)
         except SystemExit as stopped:
-            message[1] = stopped.code
-    dist.broadcast_object_list(message, src=0)  # the others wait here
-    result, problem = message
-    if problem is not None:
+            problem = stopped.code
+    call = f"{function.__name__}{inputs}"
+    calls = [None] * dist.get_world_size()
+    dist.all_gather_object(calls, (call, result, problem))  # the others wait here
+    if any(other[0] != call for other in calls):
+        sys.exit("the processes differ in flags or data: start all of them with the same")
+    _, result, problem = calls[0]
+    if problem:
         sys.exit(problem if is_main_process() else 1)  # said once, not once a process
     return result
+
+
+def says_it_in_one_line(main):
+    """For what a user can mend: a file, a full disk. All other errors keep their traceback."""
+    def run(argv=None):
+        try:
+            return main(argv)
+        except (OSError, SafetensorError, BadFile) as error:
+            # one of a DataLoader's workers ends with its message, after a traceback
+            last_line = str(error).strip().split("\n")[-1]
+            sys.exit(f"{last_line} (when that is mended, the same command goes on)")
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)  # as a shell counts it
+    return run
 
 
 class JsonLines:
@@ -413,6 +435,9 @@ class JsonLines:
     def __len__(self):
         return len(self.places)
 
+    def __repr__(self):
+        return self.sha256  # equal on all processes that read the same
+
     def where(self, i):
         file, line_number, _ = self.places[i]
         return f"{self.paths[file]}:{line_number}"
@@ -430,15 +455,15 @@ class JsonLines:
             row = json.loads(f.readline())  # of bytes: with or without a byte order mark
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
-        row["image_url"] = row.get("image_url") or ""  # null means text only, too
-        row["image_url_2"] = row.get("image_url_2") or ""
+        for field in ("image_url", "image_url_2"):
+            row[field] = row.get(field) or ""  # null means text only, too
         where = self.where(i)
         return {"id": where} | row | {"where": where, "folder": os.path.dirname(path)}
 
 
 def check_rows(rows, fields):
     """Exits with file:line and what is wrong at the first row that cannot be used."""
-    if len(rows) == 0:
+    if not len(rows):
         sys.exit(f"{', '.join(rows.paths)}: no rows")
     for i in range(len(rows)):
         try:
@@ -461,9 +486,9 @@ def check_row(row, fields):
             raise ValueError(f"field {field!r} is empty: nothing to learn")
         if field.startswith("image_url") and text:
             folder = os.path.realpath(row["folder"])
-            path = os.path.realpath(os.path.join(folder, text))
+            path = os.path.realpath(f"{folder}/{text}")
             inside = path.startswith(os.path.join(folder, ""))  # not with "..", a link, a URL
-            if not inside or not os.path.isfile(path):
+            if not (inside and os.path.isfile(path)):
                 raise ValueError(f"picture {text} is no file inside {folder}")
     if "output_2" in fields and row["output"] != row["output_2"]:
         raise ValueError("the answers of a pair differ")
@@ -479,7 +504,7 @@ def open_data(data, name, fields):
     if len(data) == 1 and not data[0].endswith((".jsonl", ".json")):
         folder = data[0]
         on_main_process(make_data, folder)
-        data = [os.path.join(folder, name)]
+        data = [f"{folder}/{name}"]
     for path in data:
         if not path.endswith(".jsonl") or not os.path.isfile(path):
             sys.exit(f"--data: {path} is no .jsonl file; give one folder of data_gen.py or .jsonl "
@@ -490,7 +515,7 @@ def open_data(data, name, fields):
 
 
 def make_data(folder):
-    if not os.path.exists(os.path.join(folder, "manifest.json")):
+    if not os.path.exists(folder):
         print(f"{folder}/ is missing: running data_gen.py first, about 15 seconds", flush=True)
         data_gen.main(["--out", folder])
 
@@ -506,10 +531,7 @@ def make_data(folder):
 #
 # Safetensors only: pickled weights can run code.  No weight stays random by accident.
 
-MODEL_TYPES = {  # those that were tried
-    "--llm": ("qwen2", "llama"),
-    "--vision": ("siglip", "siglip_vision_model"),
-}
+MODEL_TYPES = ("qwen2", "llama", "siglip", "siglip_vision_model")  # those that were tried
 FALLBACK_TEMPLATE = (  # for a tokenizer without one: in DeepSeek's style
     "{{ bos_token }}{% for m in messages %}"
     "{{ 'User: ' if m.role == 'user' else 'Assistant: ' }}{{ m.content }}\n\n{% endfor %}"
@@ -518,18 +540,23 @@ FALLBACK_TEMPLATE = (  # for a tokenizer without one: in DeepSeek's style
 
 
 def read_json(*path):
-    with open(os.path.join(*path), encoding="utf-8") as f:
-        return json.load(f)
+    """The object in a JSON file. Raises BadFile if there is none, OSError if there is no file."""
+    path = Path(*path)
+    data = None
+    with suppress(ValueError):
+        data = json.loads(path.read_text("utf-8"))
+    if not isinstance(data, dict) or not data:
+        raise BadFile(f"{path} holds no JSON object: fetch it again")
+    return data
 
 
 def write_json(data, *path):
-    with open(os.path.join(*path), "w", encoding="utf-8") as f:
-        json.dump(data, f, indent=1)
+    Path(*path).write_text(json.dumps(data, indent=1), "utf-8")
 
 
 def start_vlm(args, checkpoint, device, trained):
     """What a stage trains: the checkpoint it resumes, or --llm and --vision joined, or --init."""
-    if args.llm and checkpoint is None:
+    if args.llm and not checkpoint:
         vlm, tokenizer = new_vlm(
             args.llm, args.vision, args.projector or "mlp", args.seed, device, trained)
     else:
@@ -550,18 +577,18 @@ def load_vlm(folder, device="cpu", trained=(), frozen_dtype=None):
     config = read_json(folder, "vlm.json")
     dtypes = dtypes_of_parts(device, trained, frozen_dtype)
     tokenizer = load_tokenizer(folder)
-    llm = pretrained(AutoModelForCausalLM, os.path.join(folder, "llm"), dtypes["language_model"])
+    llm = pretrained(AutoModelForCausalLM, f"{folder}/llm", dtypes["language_model"])
 
     if config["vision"] == "hybrid":  # DeepSeek-VL's two encoders and the projector that joins them
         from convert import deepseek_vl
         vision, projector = deepseek_vl.load(folder, dtypes["vision_model"], llm.config.hidden_size)
     else:
         vision = pretrained(
-            SiglipVisionModel, os.path.join(folder, "vision"), dtypes["vision_model"])
+            SiglipVisionModel, f"{folder}/vision", dtypes["vision_model"])
         projector = PROJECTORS[config["projector"]](
             vision.config.hidden_size, llm.config.hidden_size)
 
-    path = os.path.join(folder, "projector.safetensors")
+    path = f"{folder}/projector.safetensors"
     try:
         projector.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -570,15 +597,17 @@ def load_vlm(folder, device="cpu", trained=(), frozen_dtype=None):
     return assemble(vision, projector, llm, tokenizer, config).to(device), tokenizer
 
 
-def new_vlm(llm, vision, projector, seed=0, device="cpu", trained=(), frozen_dtype=None):
+def new_vlm(llm, vision, projector, seed=0, device="cpu", trained=()):
     """A causal LM and a SigLIP tower with a NEW projector between them. -> VLM, tokenizer
 
-    llm, vision  folders or Hugging Face ids; the tower alone or in a SiglipModel
+    llm, vision  their folders; the tower alone or in a SiglipModel
     projector    "mlp" or "gated";  seed: of its weights;  the rest as in load_vlm
     """
-    llm = local_folder(llm, "--llm")
-    vision = local_folder(vision, "--vision")
-    dtypes = dtypes_of_parts(device, trained, frozen_dtype)
+    for folder in (llm, vision):
+        model_type = read_json(folder, "config.json").get("model_type")
+        if model_type not in MODEL_TYPES:
+            sys.exit(f"{folder}: a {model_type} model; can be used: {', '.join(MODEL_TYPES)}")
+    dtypes = dtypes_of_parts(device, trained)
     tokenizer = load_tokenizer(llm)
     language_model = pretrained(AutoModelForCausalLM, llm, dtypes["language_model"])
 
@@ -597,12 +626,12 @@ def new_vlm(llm, vision, projector, seed=0, device="cpu", trained=(), frozen_dty
         "post_layernorm": False,
         "drop_first": skipped,
         "after_image": "\n",
-        "image_size": vision_model.config.image_size,
+        "image_size": vision_config.image_size,
         "pad_color": None,
     }
     torch.manual_seed(seed)
     new = PROJECTORS[projector](
-        vision_model.config.hidden_size, language_model.config.hidden_size)
+        vision_config.hidden_size, language_model.config.hidden_size)
     new.to(dtypes["projector"])  # drawn on the CPU: the same numbers on every device
     return assemble(vision_model, new, language_model, tokenizer, config).to(device), tokenizer
 
@@ -624,9 +653,8 @@ def assemble(vision_model, projector, language_model, tokenizer, config):
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if highest == n_rows == image_token_id:  # no row is left for it: one more, the others' mean
         language_model.resize_token_embeddings(n_rows + 1, mean_resizing=False)
-        embedding = language_model.get_input_embeddings().weight
-        for matrix in (embedding, language_model.lm_head.weight):
-            matrix.data[-1] = matrix.data[:-1].float().mean(0)
+        for layer in (language_model.get_input_embeddings(), language_model.lm_head):
+            layer.weight.data[-1] = layer.weight.data[:-1].float().mean(0)
     elif highest >= n_rows:
         sys.exit(f"the tokenizer has tokens up to {highest}, the embedding of the language model "
                  f"{n_rows} rows: they are of different models")
@@ -636,18 +664,19 @@ def assemble(vision_model, projector, language_model, tokenizer, config):
     patches_a_side = vision_model.config.image_size // vision_model.config.patch_size
     config["image_tokens"] = patches_a_side ** 2 - config["drop_first"]
     config["image_token_id"] = image_token_id
+    # It stays in eval mode when it is trained: nothing here wants another one, and a dropout that a
+    # config.json asks for would blur the teacher and make each run another.
     return VLM(vision_model, projector, language_model, config).eval()
 
 
-def dtypes_of_parts(device, trained, frozen_dtype):
-    if frozen_dtype is None:
-        on_gpu = torch.device(device).type == "cuda"
-        frozen_dtype = torch.bfloat16 if on_gpu else torch.float32
+def dtypes_of_parts(device, trained, frozen_dtype=None):
+    if not frozen_dtype:
+        frozen_dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     parts = ("vision_model", "projector", "language_model")
     return {part: torch.float32 if part in trained else frozen_dtype for part in parts}
 
 
-def pretrained(model_class, folder, dtype, not_built=None, config=None):
+def pretrained(model_class, folder, dtype, not_built="$", config=None):
     """model_class.from_pretrained, but exits when the files do not hold the model's weights.
 
     not_built  regular expression: names that may be in the files and not in the model
@@ -659,56 +688,39 @@ def pretrained(model_class, folder, dtype, not_built=None, config=None):
         model, report = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
             output_loading_info=True, config=config)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:  # each was seen
         first_line = str(error).split("\n")[0]
         sys.exit(f"{folder}: {first_line} (only safetensors are read: fetch the files again, or "
                  "write them with save_pretrained)")
 
-    missing = sorted(report["missing_keys"])
-    misshapen = [name for name, *_ in report["mismatched_keys"]]
-    left_over = []
-    for name in report["unexpected_keys"]:
-        if not_built is None or not re.match(not_built, name):
-            left_over.append(name)
-    if missing or misshapen or left_over:
-        sys.exit(f"{folder} is not what its config.json describes: missing {missing[:2]}, of "
-                 f"another shape {misshapen[:2]}, left over {sorted(left_over)[:2]}")
+    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+    wrong += [name for name in report["unexpected_keys"] if not re.match(not_built, name)]
+    if wrong:
+        sys.exit(f"{folder} is not what its config.json describes: missing, left over or of "
+                 f"another shape are {wrong[:3]}")
     if getattr(model.config, "tie_word_embeddings", False):
         if model.lm_head.weight is not model.get_input_embeddings().weight:
-            sys.exit(f"{folder}: config.json says tied, but lm_head.weight is another matrix")
+            sys.exit(f"{folder}: config.json says tied, but lm_head.weight is another matrix: set "
+                     "tie_word_embeddings there to false")
     return model
 
 
 def load_tokenizer(folder):
     """The tokenizer of a model folder, with IMAGE_TOKEN, a pad token and a chat template."""
-    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
-        sys.exit(f"{folder} has no tokenizer.json: AutoTokenizer's save_pretrained writes one")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # of AutoTokenizer's save_pretrained
+        read_json(folder, name)  # says in one line what is wrong
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer rebuilds some
-    if tokenizer.eos_token is None:
+    if not tokenizer.eos_token:
         sys.exit(f"{folder}: the tokenizer has no eos_token: name one in tokenizer_config.json")
-    if tokenizer.pad_token is None:  # pad == eos does no harm: labels and masks go by position
+    if not tokenizer.pad_token:  # pad == eos does no harm: labels and masks go by position
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         tokenizer.chat_template = FALLBACK_TEMPLATE
+    template = tokenizer.get_chat_template()  # where there are several, "default"
+    # Llama 3's writes today's date: a prompt of tomorrow would be another one.
+    tokenizer.chat_template = re.sub(r"strftime_now\(.*?\)", "'26 Jul 2024'", template)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)  # nothing happens where it is known
     return tokenizer
-
-
-def local_folder(name, flag):
-    """The folder of this name, or a download of the Hugging Face model of this id."""
-    folder = name
-    if not os.path.isdir(name):
-        try:
-            folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        except (OSError, ValueError) as error:  # no network, no such model, no permission, no id
-            sys.exit(f"{flag} {name}: no such folder, nor a download ({type(error).__name__}); "
-                     f"elsewhere: `hf download {name} --local-dir DIR`, then here {flag} DIR")
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        sys.exit(f"{flag} {name} has no config.json: not a model in Hugging Face's layout")
-    model_type = read_json(folder, "config.json").get("model_type")
-    if model_type not in MODEL_TYPES[flag]:
-        sys.exit(f"{flag} {name}: a {model_type} model; can be used: {MODEL_TYPES[flag]}")
-    return folder
 
 
 def save_vlm(folder, vlm, tokenizer):
@@ -723,12 +735,13 @@ def save_vlm(folder, vlm, tokenizer):
         return
     if vlm.language_model.config.tie_word_embeddings:
         del llm["lm_head.weight"]  # the token embeddings themselves
-    os.makedirs(folder, exist_ok=True)
-    write_json(vlm.config, folder, "vlm.json")
-    save_file(projector, os.path.join(folder, "projector.safetensors"))
-    vlm.language_model.save_pretrained(os.path.join(folder, "llm"), state_dict=llm)
-    vlm.vision_model.save_pretrained(os.path.join(folder, "vision"), state_dict=vision)
     tokenizer.save_pretrained(folder)
+    write_json(vlm.config, folder, "vlm.json")
+    save_file(projector, f"{folder}/projector.safetensors")
+    vlm.language_model.save_pretrained(f"{folder}/llm", state_dict=llm)
+    vlm.vision_model.save_pretrained(f"{folder}/vision", state_dict=vision)
+    for path in Path(folder).rglob("*.safetensors"):  # safetensors lets nobody else read them
+        shutil.copymode(f"{folder}/vlm.json", path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -749,13 +762,11 @@ def file_hashes(folder, names=".*"):
     safetensors has no checksum of its own: a flipped bit loads silently.
     """
     hashes = {}
-    for path, _, files in os.walk(folder):
-        for name in files:
-            file = os.path.join(path, name)
-            if re.fullmatch(names, name):
-                with open(file, "rb") as f:
-                    digest = hashlib.file_digest(f, "sha256")
-                hashes[os.path.relpath(file, folder)] = digest.hexdigest()
+    for path in Path(folder).rglob("*"):
+        if re.fullmatch(names, path.name) and path.is_file():
+            with open(path, "rb") as f:
+                digest = hashlib.file_digest(f, "sha256")
+            hashes[str(path.relative_to(folder))] = digest.hexdigest()
     return hashes
 
 
@@ -765,20 +776,20 @@ def is_intact(folder):
         expected = read_json(folder, "hashes.json")
     except (OSError, ValueError):  # absent or unreadable
         return False
-    return expected != {} and expected.items() <= file_hashes(folder).items()
+    return expected.items() <= file_hashes(folder).items()
 
 
 def steps_in(out):
     """Numbers N of all out/step-N, the newest first."""
-    names = os.listdir(out) if os.path.isdir(out) else []
-    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)]
+    numbers = [path.name.removeprefix("step-") for path in Path(out).glob("step-*")]
+    steps = [int(number) for number in numbers if number.isdecimal()]
     return sorted(steps, reverse=True)
 
 
 def newest_checkpoint(out):
     """Path of the newest undamaged out/step-N, or None. Says when it passes over a damaged one."""
     for step in steps_in(out):
-        folder = os.path.join(out, f"step-{step}")
+        folder = f"{out}/step-{step}"
         if is_intact(folder):
             return folder
         print(f"warning: {folder} is damaged (its hashes do not hold); trying an older one",
@@ -788,11 +799,12 @@ def newest_checkpoint(out):
 
 def find_model(folder):
     """The model folder of this name, or the newest checkpoint in a run folder. Else it exits."""
-    if not os.path.exists(os.path.join(folder, "vlm.json")):
+    if not os.path.exists(f"{folder}/vlm.json"):
         newest = newest_checkpoint(folder)
-        if newest is None:
+        if not newest:
             sys.exit(f"{folder} holds no model: neither vlm.json nor a complete step-N checkpoint "
                      "(other layouts: see convert/; a language model alone goes to --llm)")
+        is_last(newest)
         return newest
     is_checkpoint = {"hashes.json", "trainer_state.json"} & set(os.listdir(folder))
     if is_checkpoint and not is_intact(folder):
@@ -801,15 +813,33 @@ def find_model(folder):
     return folder
 
 
+def is_last(checkpoint):
+    """Whether its run ended with this checkpoint; if not, it says so."""
+    state = read_json(checkpoint, "trainer_state.json")
+    step = state["step"]
+    steps = state["run"]["steps"]
+    if step < steps:
+        print(f"{checkpoint}: step {step} of {steps}, unfinished")
+    return step == steps
+
+
 def is_finished(out):
     """True when the newest checkpoint is its run's last: a half-trained model is no parent."""
     newest = newest_checkpoint(out)
-    if newest:
-        state = read_json(newest, "trainer_state.json")
-        if state["step"] == state["run"]["steps"]:
-            return True
-    print(f"{out} is missing or unfinished: it is made first", flush=True)
-    return False
+    is_done = newest and is_last(newest)
+    if not is_done:
+        print(f"{out} is missing or unfinished: it is made first", flush=True)
+    return is_done
+
+
+@functools.cache  # keeps what it returns: the lock is held as long as this process lives
+def lock(out):
+    """Exits when another process writes there."""
+    try:
+        # ten seconds: the workers of a run that was killed end within five
+        return FileLock(f"{out}/lock").acquire(timeout=10)
+    except Timeout:
+        sys.exit(f"--out {out}: another process writes there; wait for it, or give another --out")
 
 
 def start_run(args, rows, script):
@@ -818,36 +848,49 @@ def start_run(args, rows, script):
     Exits when that one comes from other flags, another model, other data or an edited script: going
     on would give what no one command can reproduce.  --no-resume first deletes what a run wrote.
     """
-    if args.llm:
-        parents = [local_folder(args.llm, "--llm"), local_folder(args.vision, "--vision")]
-    else:
-        parents = [find_model(args.init)]
-    with open(script, encoding="utf-8") as f:
-        text = f.read()
-    weights = [file_hashes(folder, WEIGHTS) for folder in parents]
-    run = vars(args) | {"weights": weights, "rows": rows.sha256, "script": text}
+    parents = [args.llm, args.vision] if args.llm else [find_model(args.init)]
+    out = Path(args.out).resolve()
+    for parent in parents:
+        if Path(parent).resolve().is_relative_to(out):
+            sys.exit(f"--out {args.out} holds the model to start from, {parent}: name another")
+    os.makedirs(out, exist_ok=True)
+    lock(out)
 
-    os.makedirs(args.out, exist_ok=True)
+    weights = [file_hashes(folder, WEIGHTS) for folder in parents]
+    run = vars(args) | {"weights": weights, "rows": rows.sha256}
+    for path in (Path(script), Path(__file__)):
+        run[path.name] = path.read_text("utf-8")
+
     if not args.resume:
-        for name in os.listdir(args.out):
-            path = os.path.join(args.out, name)
-            if re.fullmatch(RUN_FILES, name):  # nothing else that lies there
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        for path in out.iterdir():
+            if re.fullmatch(RUN_FILES, path.name):  # nothing else that lies there
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     newest = newest_checkpoint(args.out)
-    if newest is None:
+    if not newest:
         return run, None
 
     saved = read_json(newest, "trainer_state.json")["run"]
     differences = []
     for key, value in run.items():
         if key not in MAY_DIFFER and saved.get(key) != value:
-            is_flag = hasattr(args, key)
-            differences.append(f"--{key} was {saved.get(key)}" if is_flag else f"other {key}")
+            was = f"--{key} was {saved.get(key)}"
+            differences.append(was if hasattr(args, key) else f"other {key}")
     if differences:
-        sys.exit(f"{newest} is from another run ({', '.join(differences)}): give its flags, "
-                 "another --out or --no-resume")
+        sys.exit(f"{newest} is from another run ({', '.join(differences)}): give "
+                 f"{Path(script).name} its flags, another --out or --no-resume")
     print(f"resuming {newest}", flush=True)
     return run, newest
+
+
+def try_to_save(out, vlm, tokenizer):
+    """What can fail at the first save fails before the first step: settings, templates, space."""
+    with TemporaryDirectory(dir=out) as folder:
+        tokenizer.save_pretrained(folder)
+        vlm.language_model.save_pretrained(folder, state_dict={})
+
+    learns = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
+    if shutil.disk_usage(out).free < 12 * learns:  # bytes: the weight and AdamW's two moments
+        sys.exit(f"--out {out}: a checkpoint takes {12 * learns:,} bytes; make room for it")
 
 
 def save_checkpoint(out, step, vlm, tokenizer, optimizer, run):
@@ -855,23 +898,27 @@ def save_checkpoint(out, step, vlm, tokenizer, optimizer, run):
 
     All processes come here; the main one writes.
     """
-    part = os.path.join(out, f"part-{step}")
-    final = os.path.join(out, f"step-{step}")
-    if is_main_process():
-        shutil.rmtree(part, ignore_errors=True)  # of a run killed while it wrote
-    save_vlm(part, vlm, tokenizer)
+    part = f"{out}/part-{step}"
+    final = f"{out}/step-{step}"
     moments = whole(optimizer_tensors(vlm, optimizer))
-    if not is_main_process():
-        return
-    save_file(moments, os.path.join(part, "optimizer.safetensors"))
-    write_json({"step": step, "run": run}, part, "trainer_state.json")
-    write_json(file_hashes(part), part, "hashes.json")
+    try:
+        if is_main_process():
+            shutil.rmtree(part, ignore_errors=True)  # of a run killed while it wrote
+            os.makedirs(part)
+            save_file(moments, f"{part}/optimizer.safetensors")
+        save_vlm(part, vlm, tokenizer)
+        if not is_main_process():
+            return
+        write_json({"step": step, "run": run}, part, "trainer_state.json")
+        write_json(file_hashes(part), part, "hashes.json")
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"{part}: {error}; free space, then the same command goes on")
 
     shutil.rmtree(final, ignore_errors=True)  # a damaged one; this run has passed it over
     os.rename(part, final)  # now the checkpoint exists
     steps = [other for other in steps_in(out) if other <= step]  # later ones are damaged, too
     for other in set(steps_in(out)) - set(steps[:2]):
-        shutil.rmtree(os.path.join(out, f"step-{other}"))
+        shutil.rmtree(f"{out}/step-{other}")
 
 
 def optimizer_tensors(vlm, optimizer):
@@ -885,16 +932,14 @@ def optimizer_tensors(vlm, optimizer):
 
 def load_optimizer(checkpoint, vlm, optimizer):
     """Put a checkpoint's optimizer state into the optimizer. -> the step to go on from"""
-    parameters = dict(vlm.named_parameters())
-    with safe_open(os.path.join(checkpoint, "optimizer.safetensors"), "pt") as tensors:
-        for key in sorted(tensors.keys()):  # the order in which all processes will save them
-            name, field = key.rsplit("/", 1)
-            parameter = parameters[name]
-            value = tensors.get_tensor(key)
-            if field != "step":  # AdamW counts steps on the CPU
-                value = value.to(parameter.device)
-                if isinstance(parameter, DTensor):  # keep our part
-                    value = distribute_tensor(
-                        value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            optimizer.state[parameter][field] = value
+    tensors = load_file(f"{checkpoint}/optimizer.safetensors")  # only mapped: read when they move
+    for key, value in sorted(tensors.items()):  # in this order all processes will save them
+        name, field = key.rsplit("/", 1)
+        parameter = vlm.get_parameter(name)
+        if field != "step":  # AdamW counts steps on the CPU
+            value = value.to(parameter.device)
+            if isinstance(parameter, DTensor):  # keep our part
+                value = distribute_tensor(
+                    value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        optimizer.state[parameter][field] = value
     return read_json(checkpoint, "trainer_state.json")["step"]

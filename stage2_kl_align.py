@@ -44,8 +44,9 @@ from transformers import PreTrainedTokenizerFast
 import data_gen
 import eval as evaluation
 import stage1_text_sft
-from model import (IGNORE, PAIR, PROJECTORS, BadPicture, JsonLines, is_finished, load_optimizer,
-                   make_batches, on_main_process, open_data, save_checkpoint, start_run, start_vlm)
+from model import (IGNORE, PAIR, PROJECTORS, JsonLines, is_finished, load_optimizer, make_batches,
+                   on_main_process, open_data, save_checkpoint, says_it_in_one_line, start_run,
+                   start_vlm, try_to_save)
 
 try:
     import triton
@@ -68,8 +69,8 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--init", default="out/stage1", help="model to start from")
-    add("--llm", help="instead of --init: Qwen2 or Llama, folder or id")
-    add("--vision", help="and with it: SigLIP or its tower, folder or id")
+    add("--llm", help="Qwen2 or Llama, folder (hf download)")
+    add("--vision", help="SigLIP or its tower, folder")
     add("--projector", choices=list(PROJECTORS), help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
     add("--out", default="out/stage2", help="folder of checkpoints, metrics")
@@ -96,7 +97,7 @@ def make_parser():
     add("--save_every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from --out")
     add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="end with a table")
-    add("--show", type=int, metavar="I", help="print pair I token by token instead of training")
+    add("--show", type=int, metavar="I", help="print pair I token by token")
     return parser
 
 
@@ -141,6 +142,8 @@ def setup_distributed():
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            sys.exit("more processes than GPUs: lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # Already done when one stage starts another in this process.
@@ -244,10 +247,7 @@ def batches_of_steps(dataset, first_step):
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
     # One bar: rank 0's.  None: on a terminal only, not in a log file.
     bar = tqdm(steps, disable=dataset.rank > 0 or None)
-    try:
-        yield from zip(bar, loader)
-    except BadPicture as error:  # from a worker it comes with a traceback: the last line says it
-        sys.exit(str(error).strip().split("\n")[-1])
+    yield from zip(bar, loader)
 # <<<
 
 
@@ -273,7 +273,7 @@ def write_log(args, device, numbers):
     if device.type == "cuda":
         line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
     tqdm.write(line)  # not print: it would tear the progress bar
-    with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
+    with open(f"{args.out}/metrics.jsonl", "a") as f:
         f.write(json.dumps(numbers) + "\n")
 # <<<
 
@@ -692,10 +692,8 @@ def answered_by_student(vlm, tokenizer, rows, args, device):
     seconds.  A reply that reaches --on_policy_tokens just ends there.
     """
     [prompts], _ = make_batches(tokenizer, vlm.config, rows, FORMS[1:], answer=False)
-    vlm.eval()
     replies = vlm.generate(
         prompts.to(device), args.on_policy_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    vlm.train()
     answers = tokenizer.batch_decode(replies, skip_special_tokens=True)
     return [row | {"output": answer, "output_2": answer} for row, answer in zip(rows, answers)]
 
@@ -725,6 +723,7 @@ def with_own_words(vlm, step, dataset, device):
     return micro_batches, n_answer_tokens, n_dropped
 
 
+@torch.no_grad()
 def show_pair(args, vlm, tokenizer, row, device):
     """One pair as a table over its answer tokens. The last line is what training on a CPU logs.
 
@@ -773,6 +772,7 @@ def show_pair(args, vlm, tokenizer, row, device):
           f"kl_st {parts['kl_student_teacher']:.4f} ce {parts['ce']:.4f} -> loss {loss:.4f}")
 
 
+@says_it_in_one_line
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
@@ -798,8 +798,11 @@ def main(argv=None):
     # ever; and before make_optimizer, which takes what needs one.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
+        n_parameters = sum(parameter.numel() for parameter in child.parameters())
         if rank == 0:
-            print(f"{name}: {'trained' if name in TRAINABLE else 'frozen'}")
+            print(f"{name}: {n_parameters:,} parameters, "
+                  f"{'trained' if name in TRAINABLE else 'frozen'}")
+    on_main_process(try_to_save, args.out, vlm, tokenizer)
     optimizer = make_optimizer(vlm, args)
     first_step = load_optimizer(checkpoint, vlm, optimizer) if checkpoint else 0
 
@@ -807,7 +810,6 @@ def main(argv=None):
     # while backward runs.  `model` is for the pass that is trained; vlm stays the module itself,
     # for weights, checkpoints and passes without a gradient.
     model = DistributedDataParallel(vlm) if world > 1 else vlm
-    vlm.train()  # there is no dropout here; but embed then gives a batch without a picture a blank
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
     rows_seen = 0
@@ -863,7 +865,8 @@ def main(argv=None):
         loss, kl_ts, kl_st, ce, n_agree, n_seen = sum_over_processes(
             [*sums, n_agree_here, n_seen_here], device)
         if not math.isfinite(loss + norm):  # the same on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss}, gnorm {norm}: not saved; try a lower --lr")
+            sys.exit(f"step {step + 1}: loss {loss}, gnorm {norm}. Try --no-resume and a lower "
+                     "--lr; or delete the newest step-N, which may be bad")
         optimizer.step()
         optimizer.zero_grad()
 

@@ -47,9 +47,9 @@ from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 import stage2_kl_align
-from model import (PROJECTORS, ROW, BadPicture, JsonLines, is_finished, load_optimizer,
-                   make_batches, on_main_process, open_data, save_checkpoint, shard, start_run,
-                   start_vlm)
+from model import (PROJECTORS, ROW, JsonLines, is_finished, load_optimizer, make_batches,
+                   on_main_process, open_data, save_checkpoint, says_it_in_one_line, shard,
+                   start_run, start_vlm, try_to_save)
 
 TRAINABLE = ("vision_model", "projector", "language_model")  # children of VLM that learn: all
 FORMS = ("",)  # suffixes of a row's fields: here a row is one problem, in stage 2 a pair
@@ -65,8 +65,8 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--init", default="out/stage2", help="model to start from")
-    add("--llm", help="Qwen2 or Llama, folder or id")
-    add("--vision", help="SigLIP or its tower, folder or id")
+    add("--llm", help="Qwen2 or Llama, folder (hf download)")
+    add("--vision", help="SigLIP or its tower, folder")
     add("--projector", choices=list(PROJECTORS), help="a new one (None: mlp)")
     add("--data", nargs="+", default=["data"], help="data_gen.py's folder, JSONL files")
     add("--out", default="out/stage3", help="folder of checkpoints, metrics")
@@ -130,6 +130,8 @@ def setup_distributed():
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            sys.exit("more processes than GPUs: lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # Already done when one stage starts another in this process.
@@ -233,10 +235,7 @@ def batches_of_steps(dataset, first_step):
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=args.workers)
     # One bar: rank 0's.  None: on a terminal only, not in a log file.
     bar = tqdm(steps, disable=dataset.rank > 0 or None)
-    try:
-        yield from zip(bar, loader)
-    except BadPicture as error:  # from a worker it comes with a traceback: the last line says it
-        sys.exit(str(error).strip().split("\n")[-1])
+    yield from zip(bar, loader)
 # <<<
 
 
@@ -262,11 +261,12 @@ def write_log(args, device, numbers):
     if device.type == "cuda":
         line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
     tqdm.write(line)  # not print: it would tear the progress bar
-    with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
+    with open(f"{args.out}/metrics.jsonl", "a") as f:
         f.write(json.dumps(numbers) + "\n")
 # <<<
 
 
+@says_it_in_one_line
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
@@ -285,8 +285,11 @@ def main(argv=None):
     # ever; and before make_optimizer, which takes what needs one.
     for name, child in vlm.named_children():
         child.requires_grad_(name in TRAINABLE)
+        n_parameters = sum(parameter.numel() for parameter in child.parameters())
         if rank == 0:
-            print(f"{name}: {'trained' if name in TRAINABLE else 'frozen'}")
+            print(f"{name}: {n_parameters:,} parameters, "
+                  f"{'trained' if name in TRAINABLE else 'frozen'}")
+    on_main_process(try_to_save, args.out, vlm, tokenizer)
     if args.shard and world > 1:
         shard(vlm)
     optimizer = make_optimizer(vlm, args)
@@ -297,7 +300,6 @@ def main(argv=None):
     # for weights, checkpoints and passes without a gradient.  With --shard it is in parts already.
     model = DistributedDataParallel(vlm) if world > 1 and not args.shard else vlm
     evaluation.print_caption_loss(vlm, tokenizer, folder, device, "before")
-    vlm.train()  # there is no dropout here; but embed then gives a batch without a picture a blank
     dataset = StepBatches(rows, tokenizer, vlm.config, args, rank, world)
     started = time.perf_counter()
     rows_seen = 0
@@ -342,7 +344,8 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), args.clip or math.inf).item()
         [loss] = sum_over_processes([loss_here], device)
         if not math.isfinite(loss + norm):  # the same on all processes, so all of them stop here
-            sys.exit(f"step {step + 1}: loss {loss}, gnorm {norm}: not saved; try a lower --lr")
+            sys.exit(f"step {step + 1}: loss {loss}, gnorm {norm}. Try --no-resume and a lower "
+                     "--lr; or delete the newest step-N, which may be bad")
         optimizer.step()
         optimizer.zero_grad()
 

@@ -25,7 +25,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from convert.released import new_folder  # noqa: E402
-from model import IMAGE_TOKEN, load_vlm, write_json  # noqa: E402
+from model import IMAGE_TOKEN, load_vlm, says_it_in_one_line, write_json  # noqa: E402
 
 NAMES = {  # starts of names: ours -> LLaVA's
     "vision_model.": "model.vision_tower.",
@@ -101,6 +101,7 @@ def write_llava(model, out, dtype):
         write_json(processor, part, "processor_config.json")
 
 
+@says_it_in_one_line
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="model folder or run folder")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from convert import deepseek_vl  # noqa: E402
-from model import load_tokenizer, load_vlm, read_json, write_json  # noqa: E402
+from model import load_tokenizer, load_vlm, read_json, says_it_in_one_line, write_json  # noqa: E402
 
 TEMPLATE = (  # the prompt of the released Qwen2 systems
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -186,6 +186,7 @@ def write_old_tokenizer(tokenizer, folder):
     write_json(contents, folder, "tokenizer.json")
 
 
+@says_it_in_one_line
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Released checkpoints to our folders and back.")
     parser.add_argument("model", help="a released checkpoint; for --back_to a model or run folder")
@@ -193,8 +194,8 @@ def main(argv=None):
     direction.add_argument("--out", help="model folder to write")
     direction.add_argument("--back_to", help="folder to write in the released Qwen2 layout")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"],
-                        help="with --back_to: of the weights (default: bfloat16)")
-    parser.add_argument("--like", help="with --back_to: checkpoint to copy the tokenizer from")
+                        help="with --back_to (default: bfloat16)")
+    parser.add_argument("--like", help="with --back_to: copy its tokenizer files")
     args = parser.parse_args(argv)
 
     if args.back_to:

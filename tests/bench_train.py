@@ -268,7 +268,7 @@ def build(system, args, compile_blocks):
     optimizer = stage2.make_optimizer(vlm, args)
     for group in optimizer.param_groups:
         group["lr"] = args.lr  # the stage does so in each step
-    return vlm.train(), optimizer
+    return vlm, optimizer
 
 
 def make_rows(n_rows, shrink):

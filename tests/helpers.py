@@ -44,7 +44,8 @@ def train(stage, data, out, **changes):
 def train_with_processes(world, runs, folder):
     """Runs of stages, one after the other in one process group under one torchrun. -> what it said
 
-    runs  [(stage, its command line) or ("copy", [folder, its copy])], see run_stages.py
+    runs  [(stage, its command line), ("copy", [folder, its copy]) or ("differ", [(stage, command
+          line) of each process])], see run_stages.py
 
     Each process hashes strings in its own way: nothing may hang on the order of a set.
     """

@@ -2,6 +2,9 @@
 
     run_stages.py '[[1, ["--out", "a"]], ["copy", ["a/step-1", "b/step-1"]], [1, ["--out", "b"]]]'
 
+["differ", [[1, [...]], [1, [...]]]] gives each process a stage and a command line of its own, and
+prints with what message each of them stops.
+
 At every save it prints in how many units the model is split, if it is, and how many bytes of
 weights and AdamW's moments this process holds.
 """
@@ -53,6 +56,13 @@ if __name__ == "__main__":
         if stage == "copy":
             if dist.get_rank() == 0:
                 shutil.copytree(*line)
+        elif stage == "differ":
+            rank = dist.get_rank()
+            mine, line = line[rank]
+            try:
+                STAGES[mine].main(line)
+            except SystemExit as stopped:
+                print(f"STOPPED {rank}: {stopped.code}\n", end="", flush=True)
         else:
             STAGES[stage].main(line)
         if dist.is_initialized():  # not after a table: each process is alone then

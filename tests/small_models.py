@@ -9,7 +9,7 @@ import re
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (DeepseekVLHybridConfig, DeepseekVLHybridForConditionalGeneration,
                           LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig,
@@ -83,6 +83,46 @@ def tokenizer(kind, **special):
     result = PreTrainedTokenizerFast(tokenizer_object=core, **(roles | special))
     if kind == "qwen":
         result.chat_template = QWEN_TEMPLATE
+    return result
+
+
+LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% set day = strftime_now('%d %b %Y') %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ day }}<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+LLAMA2_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def llama3_tokenizer():
+    """Byte-level like Qwen2's, with a begin mark and a template that trims and writes the date."""
+    names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    result = tokenizer("llama", eos_token="<|eot_id|>")
+    result.add_tokens(names, special_tokens=True)
+    result.chat_template = LLAMA3_TEMPLATE
+    return result
+
+
+def llama2_tokenizer():
+    """SentencePiece's: a space is "▁", and one is put before each piece of text."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Replace("▁", " ")
+    texts = ["[INST] Find angle A. [/INST] †Answer: 60° What is <|image|> <s> </s>?\n0123456789"]
+    special = ["<unk>", "<s>", "</s>"]
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # no token has two words
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    core.pre_tokenizer = None
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    result.chat_template = LLAMA2_TEMPLATE
     return result
 
 

@@ -548,6 +548,16 @@ def test_a_worker_that_dies_ends_the_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_is_one_line(tmp_path):
+    code = DYING.replace("os._exit(9)", "os.kill(os.getpid(), 2)")
+    line = [sys.executable, "-c", code, *command(tmp_path / "d")]
+    root = Path(dg.__file__).parent
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert (done.stdout, done.stderr) == ("stopped: nothing is written\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def fail_at_job_3(job, build=dg.build):
     _, i, *_ = job
     if i == 3:

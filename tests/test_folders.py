@@ -18,7 +18,8 @@ import stage2_kl_align
 import stage3_mm_instruct
 from helpers import TINY, batch_of, equal, row, save_picture, weights
 from model import IGNORE, encode_example, load_image, load_vlm, new_vlm, save_vlm
-from small_models import P, llm_folder, tokenizer, vision_folder
+from small_models import (P, llama2_tokenizer, llama3_tokenizer, llm_folder, tokenizer,
+                          vision_folder)
 
 QWEN_PROMPT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                "<|im_start|>user\n{}\nFind angle A.<|im_end|>\n"
@@ -99,6 +100,86 @@ def test_prompts_of_the_chat_template_and_of_a_tokenizer_without_one(folder, kin
     assert (batch.input_ids == tok.convert_tokens_to_ids("<|image|>")).sum() == P
 
 
+MAKERS = {
+    "qwen2": lambda: tokenizer("qwen"),
+    "llama3": llama3_tokenizer,
+    "llama2": llama2_tokenizer,
+}
+CONFIG = {"image_tokens": 3, "image_size": 48, "pad_color": None, "after_image": "\n"}
+
+
+def tokenizer_of(kind, folder):
+    """As a model folder gives it, and the settings of a VLM with it."""
+    MAKERS[kind]().save_pretrained(folder)
+    tok = model.load_tokenizer(str(folder))
+    return tok, CONFIG | {"image_token_id": tok.convert_tokens_to_ids("<|image|>")}
+
+
+@pytest.mark.parametrize("text", ["Find angle A.", "  Find angle A. \n", "7", "\n\nFind\n"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_tokens_are_those_of_the_chat_template(kind, text, folder):
+    tok, config = tokenizer_of(kind, folder / "tok")
+    for url, words in (("", text), ("p.png", "<|image|>" * 3 + "\n" + text)):
+        one = row(text, "60", url) | {"folder": str(folder), "where": "row 0"}
+        turn = [{"role": "user", "content": words}]
+        options = {"tokenize": True, "return_dict": False}
+        wanted = tok.apply_chat_template(turn, add_generation_prompt=True, **options)
+        assert encode_example(tok, config, one, answer=False)[0] == wanted
+
+        # with the answer: up to its end mark, before which Llama 2 writes a space
+        turn.append({"role": "assistant", "content": "60"})
+        whole = tok.apply_chat_template(turn, **options)
+        end = len(whole) - whole[::-1].index(tok.eos_token_id)
+        answer = whole[len(wanted):end]
+        if kind == "llama2":
+            del answer[-2]
+        assert encode_example(tok, config, one)[0] == wanted + answer
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_special_tokens_typed_by_a_user_stay_text_whatever_the_tokenizer(kind, folder):
+    tok, config = tokenizer_of(kind, folder / "tok")
+    text = f"What is <|image|> {tok.eos_token} {tok.bos_token or '<|im_start|>'}?"
+    plain = row("What is", "60", "p.png") | {"folder": str(folder), "where": "row 0"}
+    expected = encode_example(tok, config, plain)[0]
+    ids = encode_example(tok, config, plain | {"instruction": text, "output": text})[0]
+    for token in tok.get_added_vocab().values():
+        if token != tok.unk_token_id:
+            assert ids.count(token) == expected.count(token)
+    assert tok.decode(ids).count(text) == 2
+
+
+def test_a_template_writes_the_same_date_every_day(folder):
+    tok, _ = tokenizer_of("llama3", folder / "tok")
+    turn = [{"role": "user", "content": "7"}]
+    assert "Today Date: 26 Jul 2024<|eot_id|>" in tok.apply_chat_template(turn, tokenize=False)
+    assert "strftime_now" in MAKERS["llama3"]().chat_template
+
+
+def test_a_template_that_refuses_a_system_turn(folder):
+    """None is sent: nothing is refused in mid-run."""
+    tok = tokenizer("qwen")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tok.chat_template = refusal + tok.chat_template
+    tok.save_pretrained(folder / "tok")
+    tok = model.load_tokenizer(str(folder / "tok"))
+    one = row() | {"folder": str(folder), "where": "row 0"}
+    assert "Find angle A." in tok.decode(encode_example(tok, CONFIG, one)[0])
+
+
+def test_of_several_templates_the_default_one_is_used_and_saved(folder, backbones):
+    llm, vision = backbones
+    tok = tokenizer("qwen")
+    template = tok.chat_template
+    tok.chat_template = {"default": template, "tool_use": "another one"}
+    tok.save_pretrained(llm)
+    assert os.path.isdir(os.path.join(llm, "additional_chat_templates"))
+    vlm, tok = new_vlm(llm, vision, "mlp")
+    assert tok.chat_template == template
+    save_vlm(str(folder / "out"), vlm, tok)
+    assert load_vlm(str(folder / "out"))[1].chat_template == template
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("spare_rows", [17, 1, 0])
 def test_the_image_token_goes_into_a_padded_row_or_the_matrix_grows_by_one(
@@ -133,7 +214,9 @@ def test_pad_is_eos_where_there_is_no_pad(folder):
 
 def test_frozen_parts_are_bfloat16_where_asked_and_stay_so_on_disk(folder, backbones):
     trained = ("vision_model", "projector")
-    vlm, tok = new_vlm(*backbones, "mlp", trained=trained, frozen_dtype=torch.bfloat16)
+    exact_vlm, tok = new_vlm(*backbones, "mlp", trained=trained)
+    save_vlm(str(folder / "exact"), exact_vlm, tok)
+    vlm, tok = load_vlm(str(folder / "exact"), "cpu", trained, torch.bfloat16)
     dtypes = {}
     for name, child in vlm.named_children():
         dtypes[name] = {parameter.dtype for parameter in child.parameters()}
@@ -148,7 +231,6 @@ def test_frozen_parts_are_bfloat16_where_asked_and_stay_so_on_disk(folder, backb
     saved = load_file(folder / "out" / "projector.safetensors")
     assert saved["up.weight"].dtype == torch.float32
 
-    exact_vlm, _ = new_vlm(*backbones, "mlp")
     exact = logits_of(exact_vlm, tok, [QUESTION], folder)
     rounded = logits_of(vlm, tok, [QUESTION], folder)
     assert rounded.dtype == torch.bfloat16
@@ -203,9 +285,9 @@ def add_head(tensors):
 
 
 @pytest.mark.parametrize("change,message", [
-    (remove_norm, "missing ['model.norm.weight']"),
-    (misshape_norm, "another shape ['model.norm.weight']"),
-    (add_tensor, "left over ['model.more']"),
+    (remove_norm, "['model.norm.weight']"),
+    (misshape_norm, "[('model.norm.weight', torch.Size([31]), torch.Size([32]))]"),
+    (add_tensor, "['model.more']"),
     (add_head, "config.json says tied, but lm_head.weight is another matrix")])
 @pytest.mark.parametrize("ours", [True, False])
 def test_weights_that_do_not_fit_are_refused_by_name(change, message, ours, folder, backbones):
@@ -235,6 +317,12 @@ def test_a_projector_that_does_not_fit_is_refused(name, folder):
         load_vlm(str(folder / "out"))
     said = stopped.value.code
     assert "projector.safetensors: " in said and name in said and "\n" not in said
+
+
+@model.says_it_in_one_line
+def in_one_line(argv):
+    llm, vision = argv
+    new_vlm(llm, vision, "mlp")
 
 
 def cut_shard(llm):
@@ -273,17 +361,41 @@ def be_a_mamba(llm):
     (cut_shard, "only safetensors are read"),
     (lose_shard, "only safetensors are read"),
     (pickle_weights, "only safetensors are read"),
-    (lose_config, "--llm .* has no config.json"),
-    (lose_tokenizer, "has no tokenizer.json"),
-    (be_a_mamba, "--llm .* a mamba model; can be used: .*qwen2.*llama")])
+    (lose_config, "No such file or directory: '.*llm/config.json'"),
+    (lose_tokenizer, "No such file or directory: '.*llm/tokenizer.json'"),
+    (be_a_mamba, "llm: a mamba model; can be used: qwen2, llama, ")])
 def test_a_folder_that_is_no_language_model_is_refused(harm, message, backbones, monkeypatch):
     llm, vision = backbones
     harm(llm)
     monkeypatch.chdir(os.path.dirname(llm))
     with pytest.raises(SystemExit, match=message) as stopped:
-        new_vlm(llm, vision, "mlp")
+        in_one_line([llm, vision])
     assert "\n" not in stopped.value.code
     assert not os.path.exists("owned")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", "7", '{"a": ', b"\xff\xfe"])
+@pytest.mark.parametrize("name", [
+    "vlm.json", "tokenizer.json", "tokenizer_config.json", "llm/config.json", "vision/config.json"])
+def test_a_json_file_that_is_not_what_it_should_be_is_one_line(name, content, tmp_path):
+    shutil.copytree(TINY, tmp_path / "m")
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "m" / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main([str(tmp_path / "m"), "--ask", "7*8="])
+    said = stopped.value.code
+    assert str(tmp_path / "m" / os.path.dirname(name)) in said and "\n" not in said
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"a": ', "null"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_and_so_in_the_folder_of_a_language_model(name, content, backbones):
+    llm, vision = backbones
+    with open(os.path.join(llm, name), "w", encoding="utf-8") as f:
+        f.write(content)
+    with pytest.raises(SystemExit, match=llm) as stopped:
+        in_one_line([llm, vision])
+    assert "\n" not in stopped.value.code
 
 
 def test_tokenizers_that_do_not_fit(tmp_path, backbones):
@@ -296,14 +408,13 @@ def test_tokenizers_that_do_not_fit(tmp_path, backbones):
         new_vlm(endless, vision, "mlp")
 
 
-def test_names_that_are_no_folder(backbones, monkeypatch):
+def test_names_that_are_no_folder(backbones):
     llm, vision = backbones
-    with pytest.raises(SystemExit, match="--llm /no/such: no such folder"):
-        new_vlm("/no/such", vision, "mlp")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match=r"--llm some/model: .*LocalEntryNotFoundError.*"
-                                         r"hf download some/model --local-dir DIR"):
-        new_vlm("some/model", vision, "mlp")
+    for name in ("/no/such", "some/model"):  # an id is no folder: nothing is downloaded
+        with pytest.raises(SystemExit, match=f"No such file or directory: '{name}/config.json'"):
+            in_one_line([name, vision])
+        with pytest.raises(SystemExit, match=f"No such file or directory: '{name}/config.json'"):
+            in_one_line([llm, name])
     with pytest.raises(SystemExit, match="holds no model: .*goes to --llm"):
         load_vlm(llm)
 

@@ -107,7 +107,7 @@ def test_pictures_replace_their_own_placeholders(tiny, folder):
     y = vlm.embed(swapped.input_ids, swapped.pixel_values)
     assert torch.allclose(x.flip(0), y, atol=1e-6)
     assert not torch.allclose(x[0], x[2], atol=1e-2)
-    with pytest.raises(ValueError, match="162 image placeholders .* but 1 pictures need 81"):
+    with pytest.raises(AssertionError, match="I \\* P placeholders"):
         vlm.embed(batch.input_ids, batch.pixel_values[:1])
 
 
@@ -128,7 +128,6 @@ def test_batched_greedy_decoding_equals_one_by_one(tiny, folder):
 def test_a_batch_without_pictures_still_reaches_the_encoder():
     """Under DDP a rank without pictures must make (zero) gradients, or the others wait for ever."""
     vlm, tokenizer = load_vlm(TINY)
-    vlm.train()
     vlm.projector.requires_grad_(False)
     vlm.language_model.requires_grad_(False)  # a fork in which the encoder alone learns
     [batch] = batch_of(vlm, tokenizer, [row()])
@@ -140,7 +139,6 @@ def test_a_batch_without_pictures_still_reaches_the_encoder():
 def test_a_frozen_encoder_is_not_run_without_pictures(monkeypatch):
     """Stage 1 has no picture at all: a blank one would be most of its arithmetic."""
     vlm, tokenizer = load_vlm(TINY)
-    vlm.train()
     vlm.projector.requires_grad_(False)
     vlm.vision_model.requires_grad_(False)
     monkeypatch.setattr(vlm.vision_model, "forward", lambda **_: pytest.fail("it was run"))
@@ -241,7 +239,7 @@ def png_that_claims(width, height):
     (b"", "cannot identify"),
     (b"Find angle A.", "cannot identify"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
-    (png_that_claims(8000, 8000), "8000 x 8000 pixels, more than 50,000,000"),
+    (png_that_claims(8000, 8000), "more than 50,000,000 pixels"),
     (png_that_claims(60000, 60000), "pixels"),
     ("half", "trunc"),
     ("zeros inside", ""),

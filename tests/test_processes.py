@@ -49,6 +49,17 @@ def runs(data, folder):
     }
 
 
+DIFFERENCES = {
+    "lr": {"lr": 0.5},
+    "batch": {"batch": 8},
+    "steps": {"steps": 3},
+    "out": {"out": "elsewhere"},
+    "init": {"init": "elsewhere"},
+    "rows": None,
+    "folder": {"data": "elsewhere"},
+}
+
+
 def line_of(run, out, **changes):
     stage, files, flags_of_run = run
     return stage, flags(stage, files, str(out), **(flags_of_run | changes))
@@ -78,6 +89,19 @@ def said_by_two(runs, ones, folder):
     together.append(line_of(sharded, folder / "recompute", recompute=True))
     together.append(line_of(sharded, folder / "no_step", steps=0))
 
+    # The second process is started otherwise.
+    other_data = write_rows(folder / "other.jsonl", [row(), row("1+1=", "2")])
+    for name in ("ddp1", "ddp2", "ddp3"):
+        line = line_of(runs[name], folder / "differ")
+        for change in DIFFERENCES:
+            changes = {"data": other_data} if change == "rows" else DIFFERENCES[change]
+            stage, files, changes_of_run = runs[name]
+            changes = {"out": str(folder / "differ")} | changes_of_run | changes
+            files = changes.pop("data", files)
+            out = changes.pop("out")
+            other = stage, flags(stage, files, out, **changes)
+            together.append(("differ", [line, other]))
+
     # The last one ends with a table, made by rank 0 alone: the other must not wait for it, nor it
     # for the other.
     stage, line = line_of(runs["ddp2"], folder / "table", steps=1)
@@ -92,6 +116,16 @@ def said_by_four(runs, folder):
     for name in ("shard1", "shard3"):
         together.append(line_of(runs[name], folder / f"four_{name}"))
     return train_with_processes(4, together, folder)
+
+
+def test_processes_that_were_started_otherwise_all_stop(said_by_two, folder):
+    """Not a hang, and no run of which nobody knows what it learnt."""
+    stopped = re.findall(r"STOPPED (\d): (.*)", said_by_two)
+    said = "the processes differ in flags or data: start all of them with the same"
+    expected = 3 * len(DIFFERENCES)
+    assert stopped.count(("0", said)) == expected
+    assert len(stopped) == 2 * expected
+    assert not list(folder.glob("differ/*-*"))
 
 
 RUNS = ["ddp1", "ddp2", "ddp3", "own_words", "shard1", "shard3", "too_long"]
@@ -190,6 +224,8 @@ def test_recompute_keeps_nothing_but_a_layer_s_input(stage, data):
         line = ["--init", TINY] + ["--recompute"] * recompute
         args = STAGES[stage].make_parser().parse_args(line)
         vlm, tokenizer = model.start_vlm(args, None, "cpu", ("language_model",))
+        vlm.vision_model.requires_grad_(False)  # else it sees a blank picture
+        vlm.projector.requires_grad_(False)
         rows = model.JsonLines([os.path.join(data, "stage1.jsonl")])
         [batch], _ = model.make_batches(tokenizer, vlm.config, [rows[k] for k in range(4)])
         tensors = {}

@@ -5,9 +5,13 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from filelock import FileLock
 
 import data_gen
 import eval as evaluation
@@ -15,7 +19,7 @@ import model
 import stage1_text_sft
 import stage2_kl_align
 import stage3_mm_instruct
-from helpers import (LONG, STAGES, TINY, batch_of, cross_entropy, distance, equal, flags,
+from helpers import (LONG, ROOT, STAGES, TINY, batch_of, cross_entropy, distance, equal, flags,
                      labels_of, metrics, pair, row, save_picture, train, weights, write_rows)
 
 @pytest.fixture(scope="module")
@@ -133,7 +137,7 @@ def test_nan_stops_before_the_step_and_saves_nothing(data, tmp_path):
     vlm, tokenizer = model.load_vlm(TINY)
     vlm.projector.up.bias.data[0] = float("nan")
     model.save_vlm(str(tmp_path / "bad"), vlm, tokenizer)
-    with pytest.raises(SystemExit, match="step 1: loss nan.*not saved"):
+    with pytest.raises(SystemExit, match="step 1: loss nan.*--no-resume and a lower --lr"):
         train(2, data, tmp_path / "out", init=str(tmp_path / "bad"))
     assert model.newest_checkpoint(str(tmp_path / "out")) is None
 
@@ -169,7 +173,7 @@ def test_micro_batches_share_a_batch_out_and_hold_alike_lengths(data):
         assert lengths == sorted(lengths)
         everything += mine
     order = stage3_mm_instruct.shuffled(48, 3407, 0)
-    wanted = [rows[int(k)] for k in order[21:42]]
+    wanted = [rows[int(order[k])] | {"position": k} for k in range(21, 42)]
     assert sorted(map(json.dumps, everything)) == sorted(map(json.dumps, wanted))
 
 
@@ -234,10 +238,15 @@ def test_a_picture_that_broke_after_the_start_ends_the_run_in_one_line(tmp_path,
     lines = model.JsonLines([path])
     (tmp_path / "p.png").write_bytes(b"no picture")
     dataset = step_batches(lines, "--steps", "2", "--workers", str(workers))
-    with pytest.raises(SystemExit) as stopped:
+
+    @model.says_it_in_one_line
+    def read_all(argv):
         list(stage1_text_sft.batches_of_steps(dataset, 0))
-    assert re.fullmatch(r"(ValueError: )?.*d\.jsonl:2: picture .*p\.png cannot be read: .*",
-                        stopped.value.code)
+
+    with pytest.raises(SystemExit) as stopped:
+        read_all()
+    assert re.fullmatch(r"(model\.BadFile: )?/\S+d\.jsonl:2: picture \S+p\.png cannot be read: .*"
+                        r" \(when that is mended, the same command goes on\)", stopped.value.code)
 
 
 def test_resuming_with_other_workers_is_exact(data, tmp_path):
@@ -342,7 +351,7 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(data, tmp_p
 
     # Before weights are loaded: those of another model would not fit, which tells a user nothing.
     monkeypatch.setattr(stage1_text_sft, "start_vlm", lambda *_: pytest.fail("loaded first"))
-    with pytest.raises(SystemExit, match=r"another run \(--lr was 0.001\): give its flags"):
+    with pytest.raises(SystemExit, match=r"another run \(--lr was 0.001\): give stage1_text"):
         train(1, data, tmp_path / "a", steps=1, lr=0.5)
 
 
@@ -369,8 +378,19 @@ def test_an_edited_script_does_not_go_on(data, tmp_path, monkeypatch):
     train(1, data, tmp_path / "a", steps=1)
     (tmp_path / "fork.py").write_text(source(1) + "# ten lines changed\n", encoding="utf-8")
     monkeypatch.setattr(stage1_text_sft, "__file__", str(tmp_path / "fork.py"))
-    with pytest.raises(SystemExit, match=r"other script\): .*another --out"):
+    with pytest.raises(SystemExit, match=r"other fork.py\): .*another --out"):
         train(1, data, tmp_path / "a", steps=1)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_edited_model_py_does_not_go_on(stage, data, tmp_path, monkeypatch):
+    train(stage, data, tmp_path / "a", steps=1)
+    with open(model.__file__, encoding="utf-8") as f:
+        text = f.read()
+    (tmp_path / "model.py").write_text(text + "# another projector\n", encoding="utf-8")
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+    with pytest.raises(SystemExit, match=r"from another run \(other model.py\)"):
+        train(stage, data, tmp_path / "a", steps=1)
 
 
 def test_no_resume_deletes_what_a_run_wrote_and_nothing_else(data, tmp_path):
@@ -381,8 +401,100 @@ def test_no_resume_deletes_what_a_run_wrote_and_nothing_else(data, tmp_path):
     (out / "part-7").mkdir()
     stage1_text_sft.main([*flags(1, data, out, steps=1), "--no-resume"])
     assert sorted(os.listdir(out)) == [
-        "loss.png", "metrics.jsonl", "notes.txt", "step-1", "step-by-step"]
+        "lock", "loss.png", "metrics.jsonl", "notes.txt", "step-1", "step-by-step"]
     assert len(metrics(out)) == 1
+
+
+@pytest.mark.parametrize("out", ["parent", "", "parent/step-1"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_out_that_holds_the_parent_is_refused(stage, out, data, tmp_path):
+    """--no-resume would delete it, and so would the third checkpoint."""
+    parent = tmp_path / "parent"
+    train(1, data, parent, steps=1)
+    before = sorted(os.listdir(parent))
+    line = flags(stage, data, str(tmp_path / out), init=str(parent))
+    with pytest.raises(SystemExit, match=r"--out .* holds the model to start from, .*name another"):
+        STAGES[stage].main([*line, "--no-resume"])
+    assert sorted(os.listdir(parent)) == before
+    model.load_vlm(str(parent / "step-1"))
+
+
+class Impatient(FileLock):
+    def acquire(self, timeout):
+        return super().acquire(timeout=timeout / 100)
+
+
+HOLD = """
+import sys, time
+import filelock
+held = filelock.FileLock(sys.argv[1])
+held.acquire()
+print("held", flush=True)
+time.sleep(99)
+"""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_writers_do_not_share_a_folder(stage, data, tmp_path, monkeypatch):
+    """The second is refused before it deletes anything; a kill -9 frees the folder."""
+    out = tmp_path / "out"
+    train(1, data, tmp_path / "copy", steps=1)
+    shutil.copytree(tmp_path / "copy" / "step-1", out / "step-1")
+    command = [sys.executable, "-c", HOLD, str(out / "lock")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    monkeypatch.setattr(model, "FileLock", Impatient)
+    with pytest.raises(SystemExit, match=r"--out \S+out: another process writes there; wait"):
+        STAGES[stage].main([*flags(stage, data, str(out)), "--no-resume"])
+    assert model.steps_in(str(out)) == [1]
+
+    other.kill()
+    other.wait()
+    STAGES[stage].main([*flags(stage, data, str(out)), "--no-resume"])
+    assert model.steps_in(str(out)) == [3]
+
+
+def test_a_run_holds_its_folder_after_its_workers_have_ended(data, tmp_path):
+    out = tmp_path / "out"
+    train(1, data, out, workers=2)
+    with pytest.raises(TimeoutError):
+        FileLock(str(out / "lock")).acquire(timeout=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_fails_at_the_first_save_fails_before_the_first_step(
+        stage, data, tmp_path, monkeypatch):
+    """A tokenizer or settings that cannot be written, a disk without room for a checkpoint."""
+    def broken(*_, **__):
+        raise OSError("cannot be written")
+
+    learn = {1: 1_053_312, 2: 727_296 + 33_024, 3: 727_296 + 33_024 + 1_053_312}[stage]
+    for place in ("PreTrainedTokenizerFast.save_pretrained", "AutoModelForCausalLM", "disk"):
+        with monkeypatch.context() as patch:
+            message = "cannot be written"
+            if place == "AutoModelForCausalLM":
+                vlm, _ = model.load_vlm(TINY)
+                patch.setattr(type(vlm.language_model), "save_pretrained", broken)
+            elif place == "disk":
+                usage = shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 12 * learn - 1)
+                patch.setattr(shutil, "disk_usage", lambda out: usage)
+                message = f"a checkpoint takes {12 * learn:,} bytes; make room"
+            else:
+                patch.setattr(f"transformers.{place}", broken)
+            with pytest.raises(SystemExit, match=message):
+                train(stage, data, tmp_path / "out", steps=1)
+        assert os.listdir(tmp_path / "out") == ["lock"]  # no step was logged
+    train(stage, data, tmp_path / "out", steps=1)
+
+
+def test_files_of_a_checkpoint_can_be_read_by_whom_the_umask_lets(data, tmp_path):
+    before = os.umask(0o022)
+    train(1, data, tmp_path / "out", steps=1)
+    os.umask(before)
+    modes = {}
+    for path in (tmp_path / "out" / "step-1").rglob("*.*"):
+        modes[path.name] = oct(path.stat().st_mode & 0o777)
+    assert len(modes) > 10 and set(modes.values()) == {"0o644"}
 
 
 def test_the_newest_two_checkpoints_are_kept(data, tmp_path):
@@ -397,6 +509,145 @@ def test_a_run_that_was_stopped_is_no_parent_yet(data, tmp_path, capsys):
     assert not model.is_finished(str(tmp_path / "a"))
     assert "a is missing or unfinished" in capsys.readouterr().out
     assert not model.is_finished(str(tmp_path / "nothing"))
+
+
+def test_an_unfinished_parent_is_named(data, tmp_path, capsys):
+    """Given by --init, or evaluated: the first line says how far it came."""
+    train(1, data, tmp_path / "a", steps=2, save_every=1)
+    train(2, data, tmp_path / "b", steps=0, init=str(tmp_path / "a"))
+    assert ", unfinished" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "a" / "step-2")
+    train(2, data, tmp_path / "c", steps=0, init=str(tmp_path / "a"))
+    assert "a/step-1: step 1 of 2, unfinished" in capsys.readouterr().out
+    evaluation.main([str(tmp_path / "a"), "--ask", "7*8=", "--max_new_tokens", "1"])
+    assert "a/step-1: step 1 of 2, unfinished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_dropout_of_a_config_is_not_active(stage, data, tmp_path):
+    shutil.copytree(TINY, tmp_path / "m")
+    for part in ("llm", "vision"):
+        config = model.read_json(tmp_path / "m" / part / "config.json")
+        config["attention_dropout"] = 0.5
+        model.write_json(config, tmp_path / "m" / part / "config.json")
+    dropped = train(stage, data, tmp_path / "a", init=str(tmp_path / "m"))
+    assert equal(dropped, train(stage, data, tmp_path / "b"))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a user is told, in one line, and what to type
+
+def test_a_folder_that_is_not_of_data_gen(tmp_path):
+    """It is neither "missing" nor to be deleted."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"mine/stage1.jsonl is no .jsonl file; give one folder of "
+                                         r"data_gen.py or .jsonl files"):
+        train(1, tmp_path / "mine", tmp_path / "out")
+    assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+
+
+def test_a_parent_of_another_run_says_whose_flags_it_wants(data, tmp_path, monkeypatch):
+    """Stage 2 goes on with a stopped out/stage1; its user typed no flag of stage 1."""
+    monkeypatch.chdir(tmp_path)
+    train(1, data, "out/stage1", steps=2, save_every=1)
+    shutil.rmtree("out/stage1/step-2")
+    line = ["--data", data, "--no-evaluate"]
+    with pytest.raises(SystemExit, match=r"out/stage1/step-1 is from another run .*--steps was 2.*"
+                                         r"give stage1_text_sft.py its flags, .* --no-resume"):
+        stage2_kl_align.main(line)
+
+
+def test_from_another_folder_tiny_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = stage1_text_sft.parse_args([])
+    assert os.path.samefile(args.init, TINY)
+    monkeypatch.chdir(ROOT)
+    assert stage1_text_sft.parse_args([]).init == "tiny"
+
+
+def test_nan_after_a_bad_checkpoint_says_what_to_delete(data, tmp_path):
+    """Its message names both ways on: from the start with less, or from the step before."""
+    vlm, tokenizer = model.load_vlm(TINY)
+    vlm.projector.up.bias.data[0] = float("nan")
+    model.save_vlm(str(tmp_path / "bad"), vlm, tokenizer)
+    with pytest.raises(SystemExit, match="lower --lr; or delete the newest step-N"):
+        train(3, data, tmp_path / "out", init=str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("out", ["file", "file/out", "/proc/out"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_out_that_cannot_be_written_is_one_line_before_the_model_is_loaded(
+        stage, out, data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(STAGES[stage], "start_vlm", lambda *_: pytest.fail("loaded first"))
+    path = out if out.startswith("/") else str(tmp_path / out)
+    with pytest.raises(SystemExit) as stopped:
+        train(stage, data, path)
+    said = stopped.value.code
+    assert path in said and said.endswith("the same command goes on)") and "\n" not in said
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+import stage1_text_sft
+torch.set_num_threads(1)
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+stage1_text_sft.main()
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(data, tmp_path):
+    """No file may be larger than 3 MB: the weights of the second save do not fit."""
+    straight = train(1, data, tmp_path / "a", save_every=1)
+    train(1, data, tmp_path / "start", steps=3, save_every=1)
+    shutil.copytree(tmp_path / "start" / "step-2", tmp_path / "b" / "step-2")
+    command = [sys.executable, "-c", FULL, ROOT, "3000000"]
+    command += flags(1, data, str(tmp_path / "b"), save_every=1)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().split("\n")[-1]
+    assert re.fullmatch(r"\S+part-3: .*File too large.*; free space, then the same command goes on",
+                        last)
+    assert "Traceback" not in done.stderr
+    assert model.steps_in(str(tmp_path / "b")) == [2]
+    assert equal(train(1, data, tmp_path / "b", save_every=1), straight)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for module in STAGES.values():
+        with pytest.raises(SystemExit, match="more processes than GPUs: lower --nproc_per_node"):
+            module.setup_distributed()
+
+
+def test_ctrl_c_is_one_line(data, tmp_path):
+    command = [sys.executable, os.path.join(ROOT, "stage1_text_sft.py")]
+    command += flags(1, data, str(tmp_path / "out"), steps=10 ** 6)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("step 10/"):
+            break
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert said.strip().split("\n")[-1] == "stopped; the same command goes on"
+    assert run.returncode == 130 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("line", ["half a line", '{"step": 4, "lo', "[]", "\x00\x00"])
+def test_a_bad_line_in_the_log_is_passed_over(line, data, tmp_path):
+    out = tmp_path / "out"
+    train(1, data, out, steps=2, save_every=1)
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write(line + "\n")
+    (out / "loss.png").unlink()
+    train(1, data, out, steps=2, save_every=1)
+    assert (out / "loss.png").exists()
 
 
 # --------------------------------------------------------------------------------------------------
