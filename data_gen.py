@@ -544,7 +544,7 @@ def make_problem(split, i, seed=0):
     }
     if r.random() < .25 and len(textwrap.wrap(longer, COLS)) <= QUESTION_ROWS:
         problem["question"] = longer
-        problem["kind"] = "choice_text"  # text, not letter: README, Results
+        problem["kind"] = "choice_text"  # text, not letter: see tiny/README.md
         problem["choices"] = options
     return problem
 

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--show", type=int, help="print this problem's replies")
     add("--limit", type=int, help="the first so many rows only")
     add("--batch_size", type=int, default=100, help="prompts decoded at once")
-    add("--max_new_tokens", type=int, default=64,  # the longest built-in solution has 55
+    add("--max_new_tokens", type=int, default=64,  # the longest built-in solution has 53
         help="longest reply (real models: 1024)")
     args = parser.parse_args(argv)
 

@@ -5,7 +5,7 @@
 
 Reads data/stage1.jsonl (made first when missing) and the backbones in tiny/; writes
 out/stage1/step-N, metrics.jsonl and, of its numbers, loss.png.  The same command again continues
-from the newest checkpoint, bit for bit.
+from the newest checkpoint, on a CPU bit for bit.
 
 Read this one first: it is a whole training script without a framework, and the other two repeat it.
     flags                what can be changed, with the paper's value where it is known
@@ -273,8 +273,9 @@ def main(argv=None):
         sys.exit(f"--batch {args.batch} is no multiple of the {world} processes")
     rows, folder = open_data(args.data, "stage1.jsonl", ROW)
 
-    # A run explains itself: flags, parent, data and the text of this very script are in every
-    # checkpoint.  Only rank 0 looks for one: to trust it, it has to read all of its bytes.
+    # A run explains itself: flags, hashes of parent and data, the texts of this script and of
+    # model.py are in every checkpoint.  Only rank 0 looks for one: to trust it, it has to read all
+    # of its bytes.
     run, checkpoint = on_main_process(start_run, args, rows, __file__)
     vlm, tokenizer = start_vlm(args, checkpoint, device, TRAINABLE)
 

@@ -10,7 +10,8 @@ every answer token.  The language model is frozen: it is the vision encoder and 
 learn to say with pixels what the text would have said.
 
 Differs from the paper in: the model and the data; four rungs of data_gen.py's ladder instead of the
-paper's levels; every level is pulled to the text (--pairs top), not to its neighbour; --lam is 0.5.
+paper's levels; every level is pulled to the text (--pairs top), not to its neighbour; --alpha,
+--lam, --lr, --batch and --steps are ours.
 Differs from the released code in: the README's section "Paper, released code, this code".
 
 In this order: flags; the blocks that all stages share; the loss (equations, textbook, how to make
@@ -725,7 +726,7 @@ def with_own_words(vlm, step, dataset, device):
 
 @torch.no_grad()
 def show_pair(args, vlm, tokenizer, row, device):
-    """One pair as a table over its answer tokens. The last line is what training on a CPU logs.
+    """One pair as a table over its answer tokens. The last line: what a batch of it would log.
 
     With --on_policy the tokens are the student's own.  "for t." is what the next token's
     probability is for the teacher: near 0 where the student goes astray.
@@ -789,8 +790,9 @@ def main(argv=None):
         vlm, tokenizer = start_vlm(args, None, device, TRAINABLE)
         return show_pair(args, vlm, tokenizer, rows[args.show], device)
 
-    # A run explains itself: flags, parent, data and the text of this very script are in every
-    # checkpoint.  Only rank 0 looks for one: to trust it, it has to read all of its bytes.
+    # A run explains itself: flags, hashes of parent and data, the texts of this script and of
+    # model.py are in every checkpoint.  Only rank 0 looks for one: to trust it, it has to read all
+    # of its bytes.
     run, checkpoint = on_main_process(start_run, args, rows, __file__)
     vlm, tokenizer = start_vlm(args, checkpoint, device, TRAINABLE)
 

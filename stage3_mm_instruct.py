@@ -276,8 +276,9 @@ def main(argv=None):
     if args.init == "out/stage2" and not on_main_process(is_finished, args.init):
         stage2_kl_align.main(["--data", folder or "data", "--out", args.init, "--no-evaluate"])
 
-    # A run explains itself: flags, parent, data and the text of this very script are in every
-    # checkpoint.  Only rank 0 looks for one: to trust it, it has to read all of its bytes.
+    # A run explains itself: flags, hashes of parent and data, the texts of this script and of
+    # model.py are in every checkpoint.  Only rank 0 looks for one: to trust it, it has to read all
+    # of its bytes.
     run, checkpoint = on_main_process(start_run, args, rows, __file__)
     vlm, tokenizer = start_vlm(args, checkpoint, device, TRAINABLE)
 

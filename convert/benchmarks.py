@@ -1,7 +1,7 @@
 """Turn MathVerse, MathVista or We-Math into the rows that eval.py reads, once.
 
-    python convert/benchmarks.py wemath testmini.json --images data/wemath --out data/wemath
-    python eval.py out/stage3 --data data/wemath --max_new_tokens 1024
+    python convert/benchmarks.py wemath testmini.json --images wemath --out wemath
+    python eval.py out/stage3 --data wemath --max_new_tokens 1024
     python convert/benchmarks.py diagnosis out/stage3/wemath/replies.jsonl
 
 The last line prints We-Math's diagnosis from the marks that eval.py wrote.  MathVerse has two

@@ -1,4 +1,4 @@
-"""Train all variants on several seeds and write tests/results/ablation.json, for the README.
+"""Train all variants on several seeds; write tests/results/ablation.json, assets/ablation.png.
 
     python tests/ablation.py                                          # all; hours on 2 CPU cores
     python tests/ablation.py --seeds 3407 --variants stage2 ce_only   # a part, added to the file

@@ -125,7 +125,7 @@ def count(name):
 
 
 def table(result):
-    lines = ["| | 1 GPU | `--recompute` | 4, `--shard` | both | 8, `--shard` | both |",
+    lines = ["| | 1 GPU | `--recompute` | 4 GPUs, `--shard` | both | 8 GPUs, `--shard` | both |",
              "|---|" + "--:|" * len(COLUMNS)]
     for name, row in result.items():
         lines.append(f"| {name} | " + " | ".join(f"{value} GB" for value in row.values()) + " |")

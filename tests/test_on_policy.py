@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vlm_and_tokenizer():
     vlm, tokenizer = model.load_vlm(TINY)
-    return vlm.train(), tokenizer
+    return vlm, tokenizer
 
 
 def dataset_of(vlm_and_tokenizer, data, *line):
@@ -52,7 +52,7 @@ def test_the_reply_of_eval_stands_for_the_answer_in_both_forms(vlm_and_tokenizer
     vlm, tokenizer = vlm_and_tokenizer
     dataset = dataset_of(vlm_and_tokenizer, data, "--on_policy", "1")
     micro_batches, n_answer_tokens, n_dropped = own_words(vlm_and_tokenizer, dataset)
-    assert vlm.training  # again
+    assert not vlm.training  # as everywhere
 
     questions = []
     for rows in stage2_kl_align.rows_of_step(0, dataset.rows, dataset.args, 0, 1):
