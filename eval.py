@@ -511,10 +511,10 @@ SAYS = r"""
 SENTENCE = re.compile(rf"(?<= [.!?$†] ) \s* (?= {SAYS} )", re.I | re.X)
 SLOT = re.compile(rf"""
     ^ [#*>`\ -]* {SAYS} [*\ ]*+
-    (?: : | is\b :? | \n )           # or a heading, and the answer on the line below it
-    [*\s]*+ (?P<line> \S.* ) $
+    (?: [:：] | is\b :? | \n )       # or a heading, and the answer on the line below it
+    (?: [*\s$] | \\\[ )*+ (?P<line> \S.* ) $
   |
-    (?: ^ | (?<! [<>!/] ) (?<! not ) (?<! not\  ) = | : | \b is | \b are )  # not "2\boxed{5}"
+    (?: ^ | (?<! [<>!/] ) (?<! not ) (?<! not\  ) [=:] | \b is | \b are )  # not "2\boxed{5}"
     [\ $*\\(\[&]* (?P<box> \\boxed .* ) $
   |
     <answer> (?P<tag> (?s: .*? ) ) </answer>
@@ -557,12 +557,12 @@ LATEX = [  # from the inside out, again and again until nothing changes
     (r"(?<!\d)([€£¥]) ?([\d.,]+)", r"\2 \1"),
     (r"\\[,;:! ]|\\q?quad\b|~", " "),
     (r"\\[()\[\]]|[$`]|\*\*|__", ""),
-    (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(?:text|math)\w?\w?\s*\{([^{}]*)\}", r"\1"),
     (r"\^?\{?\\circ\b\}?|\^\{?°\}?", "°"),
-    (r"(?<![\w.])(\d+) ?\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # 2 1/2
-    (r"(?<![\w.])(\d+) (\d+)[/⁄](\d+)", r"(\1+\2/\3)"),
+    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\w.^])(\d+) ?\\[dt]?frac\s*\{ *(\d+) *\}\s*\{ *(\d+) *\}", r"(\1+\2/\3)"),  # 2 1/2
+    (r"(?<![\w.^])(\d+) (\d+)[/⁄](\d+)", r"(\1+\2/\3)"),
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
-    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"(\1/\2)"),
     (r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)^(1/\1))"),
     (r"sqrt\s*\{([^{}]*)\}", r"sqrt(\1)"),
     (r"\^\{([^{}]*)\}", r"^(\1)"),
@@ -571,26 +571,29 @@ LATEX = [  # from the inside out, again and again until nothing changes
     (r"\\(sqrt|pi|sin|cos|tan|log|ln|%|\{|\})", r"\1"),
 ]
 SIGNS = [  # the first spelling of a line takes the place of the others
-    r"- − – —",
+    r"- − – — ‐",
     r"* × · ⋅ \times \cdot",
     r"/ ÷ ⁄ \div",
     r"<= ≤ ⩽ \leqslant \leq \le",
     r">= ≥ ⩾ \geqslant \geq \ge",
     r"∪ \cup",
-    r"∞ \infty",
+    r"± \pm",
+    r"∞ \infty +∞",
     r"∠ \angle",
     r"θ \theta",
     r"pi π",
     r"sqrt √",
 ]
-THOUSANDS = r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])"
+# of brackets: what follows is not "5)", nor "sqrt(5))"; four levels
+OUTSIDE = r"(?!(?:[^()\[\]{}]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*[)\]}])"
+THOUSANDS = r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])" + OUTSIDE  # (1,200) is a point
 
 
 def plain(text):
     """LaTeX and Unicode to plain text: "$\\frac{9}{4}\\pi$" -> "((9)/(4))pi"."""
     # NFKC makes full-width letters plain, but 10⁵ would be 105, 3½ 31/2, 5₂ 52, and 60º 60o.
     text = re.sub("[º˚掳]", "°", text)  # the last one stands in We-Math's file
-    text = re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text)
+    text = re.sub("([¹²³⁰-ⁿˣ]+)", r"^{\1}", text)
     text = re.sub("([¼-¾⅐-⅞₀-₉])", r" \1", text)
     text = unicodedata.normalize("NFKC", text)
 
@@ -606,9 +609,8 @@ def plain(text):
             text = text.replace(sign, new)
 
     text = re.sub(r"\s+", " ", text)
-    if not re.search(r"[(\[{]", text):  # 1,200 is a number, (1,200) is a point
-        text = re.sub(THOUSANDS, lambda found: found[0].replace(",", ""), text)
-    return text.rstrip(' .,;:*"†').lstrip(' ,;:*"')
+    text = re.sub(THOUSANDS, lambda found: found[0].replace(",", ""), text)
+    return text.rstrip(' .,;:*"†。').lstrip(' ,;:*"')
 
 
 # Numbers
@@ -735,7 +737,7 @@ UNITS = [  # other names of the first one; units are not converted into each oth
     "unit",
 ]
 UNIT = re.compile(r"""
-    (?P<value> .* (?: [\d)] | pi ) ) \ ?
+    (?P<value> (?: [^A-Za-z] | pi | sqrt )* (?<= [\d)i] ) ) \ ?
     (?P<name> [A-Za-z°%€£¥/]+ )
     (?: (?<= [a-z] ) \^? \(? (?P<exponent> [23] ) \)? )?
 """, re.X)
@@ -774,9 +776,9 @@ NAME = re.compile(r"""
     (?: \ ?\([a-z]\) )?
 """, re.X)
 LABELLED = re.compile(r"([∠A-Za-zα-ω][^-+*/^<>=!]*?|) ?= ?([^=]+)")  # not 2x = 5, x >= 5
-COMMA = re.compile(r" ?, ?(?![^(\[{]*[)\]}])")  # outside of brackets
+COMMA = re.compile(" ?, ?" + OUTSIDE)
 BRACKETS = re.compile(r"[(\[{].*,.*[)\]}]")
-OPTION = re.compile(r"(?:option |choice )?\(?([A-J])\)?(?:$|[.:,) ]+(.*))", re.I)
+OPTION = re.compile(r"(?ai)(?:option |choice )?\(?([A-J])\)?(?:$|[.:,) ]+(.*))")
 
 
 def close(x, y):

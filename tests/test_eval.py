@@ -31,9 +31,9 @@ def is_right(reply, gold="5", kind="free", choices=None):
 # --------------------------------------------------------------------------------------------------
 # The scorer
 
-@pytest.mark.parametrize("name", ["attacks", "realistic_replies"])
+@pytest.mark.parametrize("name", ["attacks", "realistic_replies", "mended_replies"])
 def test_replies_that_others_wrote(name):
-    """attacks: wrong ones, written against a sketch of the rules; realistic: in models' style."""
+    """attacks: wrong, against a sketch of the rules; realistic: in models' style; mended: both."""
     disagreements = []
     for case in read_jsonl(os.path.join(ROOT, "tests", f"{name}.jsonl")):
         mark = is_right(case["reply"], case["gold"], case["kind"], case["choices"])
