@@ -1,6 +1,7 @@
 """What several test files need: a small data set, runs of a stage, weights and rows to compare."""
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -57,6 +58,11 @@ def train_with_processes(world, runs, folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+def takes_ctrl_c():
+    """For Popen's preexec_fn: whoever starts the tests in the background has turned SIGINT off."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def weights(folder):

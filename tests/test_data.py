@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import data_gen as dg
+from helpers import takes_ctrl_c
 
 GROUPS = ["descriptive", "implicit", "numeric", "question"]
 RELEASED = ["image_url", "instruction", "output"]  # fields that released training code reads
@@ -552,7 +553,8 @@ def test_ctrl_c_is_one_line(tmp_path):
     code = DYING.replace("os._exit(9)", "os.kill(os.getpid(), 2)")
     line = [sys.executable, "-c", code, *command(tmp_path / "d")]
     root = Path(dg.__file__).parent
-    done = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=60,
+                          preexec_fn=takes_ctrl_c)
     assert done.returncode == 130
     assert (done.stdout, done.stderr) == ("stopped: nothing is written\n", "")
     assert list(tmp_path.iterdir()) == []

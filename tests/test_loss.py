@@ -1033,7 +1033,7 @@ TEXTBOOK_SLIPS = [
          test_no_row_at_all),
     Slip("n_total of this call",
          "standardize) / n_total",
-         "standardize) / max(1, n_rows)",
+         "standardize) / max(1, len(hs))",
          test_micro_batches_add_up),
     Slip("all logits kept",
          "checkpoint(\n            align_rows, hs[rows], ht[rows], W, labels[rows], tau, "

@@ -20,7 +20,8 @@ import stage1_text_sft
 import stage2_kl_align
 import stage3_mm_instruct
 from helpers import (LONG, ROOT, STAGES, TINY, batch_of, cross_entropy, distance, equal, flags,
-                     labels_of, metrics, pair, row, save_picture, train, weights, write_rows)
+                     labels_of, metrics, pair, row, save_picture, takes_ctrl_c, train, weights,
+                     write_rows)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -629,12 +630,16 @@ def test_more_processes_than_gpus(monkeypatch):
 def test_ctrl_c_is_one_line(data, tmp_path):
     command = [sys.executable, os.path.join(ROOT, "stage1_text_sft.py")]
     command += flags(1, data, str(tmp_path / "out"), steps=10 ** 6)
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=takes_ctrl_c)
     for line in run.stdout:
         if line.startswith("step 10/"):
             break
     run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
+    try:
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert said.strip().split("\n")[-1] == "stopped; the same command goes on"
     assert run.returncode == 130 and "Traceback" not in said
 
