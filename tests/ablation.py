@@ -36,8 +36,10 @@ VARIANTS = {  # name: (module, parent, flags)
     "neighbours": (stage2_kl_align, "stage1", ["--pairs", "neighbours"]),
     "lr_half": (stage2_kl_align, "stage1", ["--lr", "5e-4"]),
     "lr_double": (stage2_kl_align, "stage1", ["--lr", "2e-3"]),
+    "lr_quadruple": (stage2_kl_align, "stage1", ["--lr", "4e-3"]),
     "ce_only_lr_half": (stage2_kl_align, "stage1", ["--lam", "0", "--lr", "5e-4"]),
     "ce_only_lr_double": (stage2_kl_align, "stage1", ["--lam", "0", "--lr", "2e-3"]),
+    "ce_only_lr_quadruple": (stage2_kl_align, "stage1", ["--lam", "0", "--lr", "4e-3"]),
     "tau4": (stage2_kl_align, "stage1", ["--tau", "4"]),
     "standardize": (stage2_kl_align, "stage1", ["--standardize"]),
     "without_stage1": (stage2_kl_align, None, ["--init", "tiny", "--no-evaluate"]),
@@ -57,6 +59,7 @@ COMPARED_WITH = {  # all others: stage2
     "stage3_without_stage2_400": "stage3",
     "ce_only_lr_half": "ce_only",
     "ce_only_lr_double": "ce_only",
+    "ce_only_lr_quadruple": "ce_only",
     "then_100_own_words": "then_100",
 }
 T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds: Student's, two-sided 95 %
