@@ -76,14 +76,14 @@ def make_parser():
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
     add("--out", default="out/stage2", help="folder of checkpoints, metrics")
     add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: text, or a level up")
-    add("--alpha", type=float, default=0.5, help="of KL(teacher||student) (reported .2, script .5)")
-    add("--lam", type=float, default=0.5, help="share of the KLs in the loss (reported, script .1)")
-    add("--tau", type=float, default=1.0, help="temperature in the KL (reported, script: 1)")
-    add("--standardize", action="store_true", help="logits / their deviation in the KLs (script)")
+    add("--alpha", type=float, default=0.5, help="of KL(t||s) (reported .2, script .5)")
+    add("--lam", type=float, default=0.5, help="share of the KLs (reported, script .1)")
+    add("--tau", type=float, default=1.0, help="temperature (reported, script: 1)")
+    add("--standardize", action="store_true", help="logits / deviation (script)")
     add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: by device")
-    add("--on_policy", type=float, default=0.0, help="share of pairs that the student answers")
+    add("--on_policy", type=float, default=0.0, help="share of pairs it answers itself")
     add("--on_policy_tokens", type=int, default=64, help="of such an answer, at most")
-    add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass)")
+    add("--steps", type=int, default=200, help="optimizer steps (half a pass)")
     add("--batch", type=int, default=32, help="pairs a step, all processes (reported: 64)")
     add("--micro_batch", type=int, default=16, help="pairs a forward pass at most")
     add("--lr", type=float, default=1e-3, help="highest learning rate (reported: 5e-5)")
@@ -103,9 +103,9 @@ def make_parser():
 
 
 # >>> identical in stage1/2/3: flags
+# All other numbers: at least 0, at most a billion.
 AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every", "on_policy_tokens")
-# all other numbers: 0
-AT_MOST_1 = ("warmup", "alpha", "lam", "on_policy")  # all others: a billion
+AT_MOST_1 = ("warmup", "alpha", "lam", "on_policy")
 
 
 def parse_args(argv=None):
@@ -639,7 +639,7 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
     can_run = hs.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if kernel == "triton" and not (fits_kernel and can_run):
         raise ValueError("kernel triton needs a frozen W, no standardize, and a CUDA device or "
-                         "TRITON_INTERPRET=1 from the start: else take kernel eager")
+                         "TRITON_INTERPRET=1 from the start (or eager)")
 
     ht = ht.detach()
     n_total = n_total or max(1, len(hs))
@@ -662,21 +662,21 @@ def kl_align_loss(hs, ht, W, labels, *, alpha, lam, tau=1.0, standardize=False, 
 
 def pair_of_rows(vlm, model, strong, weak):
     """Both forms of a batch of pairs -> ht (N, H), hs (N, H), labels (N,): one token a row."""
+    labels = weak.labels[weak.is_answer]
+    assert torch.equal(labels, strong.labels[strong.is_answer]), "a pair has two answers"
     with torch.no_grad():
         ht = vlm(strong)  # the bare module: DDP's forward would wait for a backward
     # The language model is frozen, but NOT under no_grad: the gradient has to flow THROUGH all its
     # layers to reach the projector and the vision encoder below it.  Its weights get none, since
     # they ask for none.
     hs = model(weak)
-    assert ht.shape == hs.shape, "a pair has two answers"
-    return ht, hs, weak.labels[weak.is_answer]
+    return ht, hs, labels
 
 
 @torch.no_grad()
 def first_choice(h, W):
     """The most probable token of each hidden row. (N, H) -> (N,)"""
-    choices = [(rows.to(W.dtype) @ W.T).argmax(-1) for rows in h.split(1024)]
-    return torch.cat(choices)
+    return torch.cat([(rows.to(W.dtype) @ W.T).argmax(-1) for rows in h.split(1024)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -90,9 +90,9 @@ def make_parser():
 
 
 # >>> identical in stage1/2/3: flags
+# All other numbers: at least 0, at most a billion.
 AT_LEAST_1 = ("batch", "micro_batch", "max_length", "save_every", "on_policy_tokens")
-# all other numbers: 0
-AT_MOST_1 = ("warmup", "alpha", "lam", "on_policy")  # all others: a billion
+AT_MOST_1 = ("warmup", "alpha", "lam", "on_policy")
 
 
 def parse_args(argv=None):
@@ -270,7 +270,7 @@ def write_log(args, device, numbers):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
-    if args.batch % world:  # with --shard each waits for the others in every micro-batch
+    if args.batch % world:  # as many rows for each: with --shard one would wait for ever
         sys.exit(f"--batch {args.batch} is no multiple of the {world} processes")
     rows, folder = open_data(args.data, "stage3.jsonl", ROW)
     if args.init == "out/stage2" and not on_main_process(is_finished, args.init):

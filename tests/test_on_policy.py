@@ -6,19 +6,11 @@ import shutil
 import pytest
 import torch
 
-import data_gen
 import eval as evaluation
 import model
 import stage2_kl_align
 from helpers import TINY, distance, equal, metrics, train
 from model import IGNORE
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("set") / "data")
-    data_gen.main(["--out", folder, "--n", "24", "--n_test", "12"])
-    return folder
 
 
 @pytest.fixture(scope="module")

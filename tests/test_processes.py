@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-import data_gen
 import eval as evaluation
 import model
 import stage1_text_sft
@@ -15,13 +14,6 @@ from helpers import (LONG, STAGES, TINY, distance, equal, flags, metrics, row, s
 
 TWO_ROWS_EACH = {"batch": 4, "micro_batch": 1, "steps": 2, "clip": 0.5, "lr": 1e-4}
 FOUR_ROWS_EACH = TWO_ROWS_EACH | {"batch": 8, "micro_batch": 2, "save_every": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("set") / "data")
-    data_gen.main(["--out", folder, "--n", "24", "--n_test", "12"])
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -466,7 +466,7 @@ def main(argv=None):
     path = os.path.join(args.out, "pretrain.pt")
     state = {"phase": PHASES[0], "step": 0}
     if os.path.exists(path):
-        state = torch.load(path)
+        state = torch.load(path, weights_only=True)  # tensors and numbers, never code
         if state["args"] != vars(args):
             sys.exit(f"{path} is from a run with other flags: delete it to begin anew")
         vlm.load_state_dict(state["vlm"])
