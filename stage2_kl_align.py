@@ -76,14 +76,14 @@ def make_parser():
     add("--data", nargs="+", default=["data"], help="folder of data_gen.py or .jsonl files")
     add("--out", default="out/stage2", help="folder of checkpoints, metrics")
     add("--pairs", default="top", choices=list(data_gen.PAIRS), help="teacher: text, or a level up")
-    add("--alpha", type=float, default=0.5, help="of KL(t||s) (reported .2, script .5)")
-    add("--lam", type=float, default=0.5, help="share of the KLs (reported, script .1)")
-    add("--tau", type=float, default=1.0, help="temperature (reported, script: 1)")
-    add("--standardize", action="store_true", help="logits / deviation (script)")
+    add("--alpha", type=float, default=0.5, help="of KL(teacher||student) (reported .2, script .5)")
+    add("--lam", type=float, default=0.5, help="share of the KLs in the loss (reported, script .1)")
+    add("--tau", type=float, default=1.0, help="temperature in the KLs (reported, script: 1)")
+    add("--standardize", action="store_true", help="in the KLs: logits / deviation (script)")
     add("--kernel", default="auto", choices=["auto", "triton", "eager"], help="auto: by device")
     add("--on_policy", type=float, default=0.0, help="share of pairs it answers itself")
     add("--on_policy_tokens", type=int, default=64, help="of such an answer, at most")
-    add("--steps", type=int, default=200, help="optimizer steps (half a pass)")
+    add("--steps", type=int, default=200, help="optimizer steps (ours: half a pass)")
     add("--batch", type=int, default=32, help="pairs a step, all processes (reported: 64)")
     add("--micro_batch", type=int, default=16, help="pairs a forward pass at most")
     add("--lr", type=float, default=1e-3, help="highest learning rate (reported: 5e-5)")
@@ -739,10 +739,10 @@ def show_pair(args, vlm, tokenizer, row, device):
     if args.on_policy:
         [row] = answered_by_student(vlm, tokenizer, [row], args, device)
     (strong, weak), _ = make_batches(tokenizer, vlm.config, [row], FORMS, args.max_length)
+    ht, hs, tokens = pair_of_rows(vlm, vlm, strong.to(device), weak.to(device))
+    labels = tokens
     if args.on_policy:
-        weak.labels[:] = IGNORE
-    ht, hs, labels = pair_of_rows(vlm, vlm, strong.to(device), weak.to(device))
-    tokens = weak.input_ids[0, 1:][weak.is_answer[0, :-1]]  # (N,) what each row has to predict
+        labels = torch.full_like(tokens, IGNORE)  # no hard loss on own words
     W = vlm.lm_head
 
     def loss_of(rows):

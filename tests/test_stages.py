@@ -131,7 +131,8 @@ def test_nan_stops_before_the_step_and_saves_nothing(data, tmp_path):
     vlm, tokenizer = model.load_vlm(TINY)
     vlm.projector.up.bias.data[0] = float("nan")
     model.save_vlm(str(tmp_path / "bad"), vlm, tokenizer)
-    with pytest.raises(SystemExit, match="step 1: loss nan.*lower --lr; or delete the newest step-N"):
+    said = "step 1: loss nan.*lower --lr; or delete the newest step-N"
+    with pytest.raises(SystemExit, match=said):
         train(2, data, tmp_path / "out", init=str(tmp_path / "bad"))
     assert model.newest_checkpoint(str(tmp_path / "out")) is None
 
