@@ -9,7 +9,7 @@ import torch
 import eval as evaluation
 import model
 import stage2_kl_align
-from helpers import TINY, distance, equal, metrics, train
+from helpers import TINY, batch_of, distance, equal, metrics, pair, save_picture, train
 from model import IGNORE
 
 
@@ -156,3 +156,12 @@ def test_show_prints_own_words_and_what_the_teacher_thinks_of_them(data, capsys)
     assert float(mean[4]) == 0
     half_of_both = 0.25 * (float(mean[2]) + float(mean[3]))
     assert float(mean[5]) == pytest.approx(half_of_both, abs=1e-4)
+
+
+def test_two_forms_with_two_answers_are_no_pair(vlm_and_tokenizer, tmp_path):
+    vlm, tokenizer = vlm_and_tokenizer
+    save_picture(tmp_path / "p.png")
+    other = pair(output_2="90-30=60. †Answer: 61°")  # as many tokens
+    strong, weak = batch_of(vlm, tokenizer, [other], tmp_path, forms=("", "_2"))
+    with pytest.raises(AssertionError, match="two answers"):
+        stage2_kl_align.pair_of_rows(vlm, vlm, strong, weak)
