@@ -85,26 +85,28 @@ def test_what_is_written_in_a_picture_is_what_is_asked():
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
-    """Killed in its second phase; the same command ends with the weights of a run in one go."""
+    """Killed amid its second phase; the same command ends with the weights of a run in one go."""
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
     pretrain.main(["--out", str(tmp_path / "whole"), *SMALL])
 
     command = ["--out", str(tmp_path / "killed"), *SMALL]
     text_losses = pretrain.text_losses
+    calls = []
 
-    def stops_later(school, r):
-        if os.path.exists(tmp_path / "killed" / "llm"):
+    def stops_at_the_second_step(school, r):
+        calls.append(r)
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return text_losses(school, r)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain, "text_losses", stops_later)
+        patch.setattr(pretrain, "text_losses", stops_at_the_second_step)
         pretrain.main(command)
     with pytest.raises(SystemExit, match="other flags"):
         pretrain.main([*command, "--lr", "1"])
     pretrain.main(command)
 
-    assert not os.path.exists(tmp_path / "killed" / "pretrain.pt")
+    assert not os.path.exists(tmp_path / "killed" / "pretrain.safetensors")
     whole, _ = load_vlm(str(tmp_path / "whole"))
     killed, _ = load_vlm(str(tmp_path / "killed"))
     for name, tensor in whole.state_dict().items():

@@ -16,10 +16,11 @@ Three phases:
     joint   everything, a batch with pictures and one without in each step
 
 In this order: tokenizer, tasks in words, pictures, batches, losses, training.  The same command
-again goes on from pretrain.pt in --out, which is deleted at the end.
+again goes on from pretrain.safetensors in --out, which is deleted at the end.
 """
 import argparse
 import copy
+import json
 import math
 import os
 import sys
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
@@ -41,7 +44,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 from data_gen import (COLS, DEFAULT_SIZE, FAMILIES, ROWS, draw_problem, free_cells,  # noqa: E402
                       make_problem, place, text_of, write)
 from model import IGNORE, IMAGE_TOKEN, Projector, assemble, collate, encode_example  # noqa: E402
-from model import save_vlm  # noqa: E402
+from model import optimizer_tensors, save_vlm  # noqa: E402
 
 # Weights of the tasks; one task fills a batch, so that its rows are about equally long.
 PICTURE_TASKS = {
@@ -441,6 +444,30 @@ def write_base(out, school):
     save_vlm(out, half, school.tokenizer)
 
 
+def save_state(path, learner, optimizers, state):
+    """All that a killed run needs: weights, the optimizers' tensors, and `state` in the header."""
+    tensors = dict(learner.named_parameters())
+    for optimizer in optimizers:
+        tensors |= optimizer_tensors(learner, optimizer)
+    save_file(tensors, path + ".part", {"state": json.dumps(state)})
+    os.replace(path + ".part", path)
+
+
+def fill_optimizers(optimizers, learner, tensors):
+    """Give saved tensors, "<parameter>/<field>", to the optimizer that has the parameter."""
+    owner_of = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owner_of[parameter] = optimizer
+
+    for key, tensor in tensors.items():
+        name, _, field = key.partition("/")
+        if field:
+            parameter = learner.get_parameter(name)
+            owner_of[parameter].state[parameter][field] = tensor
+
+
 def main(argv=None):
     args = parse_args(argv)
     begun = time.time()
@@ -463,14 +490,19 @@ def main(argv=None):
     losses_of = {"dense": dense_losses, "text": text_losses, "joint": joint_losses}
 
     # A killed run goes on from here.
-    path = os.path.join(args.out, "pretrain.pt")
+    learner = torch.nn.ModuleDict({"vlm": vlm, "reader": reader})
+    path = os.path.join(args.out, "pretrain.safetensors")
     state = {"phase": PHASES[0], "step": 0}
+    saved = {}
     if os.path.exists(path):
-        state = torch.load(path, weights_only=True)  # tensors and numbers, never code
+        with safe_open(path, "pt") as f:
+            state = json.loads(f.metadata()["state"])
         if state["args"] != vars(args):
             sys.exit(f"{path} is from a run with other flags: delete it to begin anew")
-        vlm.load_state_dict(state["vlm"])
-        reader.load_state_dict(state["reader"])
+        saved = load_file(path)
+        with torch.no_grad():
+            for name, parameter in learner.named_parameters():
+                parameter.copy_(saved[name])
 
     vlm.train()
     for phase in PHASES[PHASES.index(state["phase"]):]:
@@ -481,8 +513,7 @@ def main(argv=None):
         first = 0
         if phase == state["phase"]:
             first = state["step"]
-            for optimizer, tensors in zip(optimizers, state.get("optimizers", [])):
-                optimizer.load_state_dict(tensors)
+            fill_optimizers(optimizers, learner, saved)
 
         logged = []
         for step in range(first, steps):
@@ -506,15 +537,8 @@ def main(argv=None):
                 logged = []
             if done % SAVE_EVERY == 0 or done == steps:
                 write_base(args.out, school)
-                torch.save({
-                    "args": vars(args),
-                    "phase": phase,
-                    "step": done,
-                    "vlm": vlm.state_dict(),
-                    "reader": reader.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                }, path + ".part")
-                os.replace(path + ".part", path)
+                save_state(path, learner, optimizers,
+                           {"args": vars(args), "phase": phase, "step": done})
     os.remove(path)
     print(f"wrote {args.out}, {time.time() - begun:.0f} s")
 
