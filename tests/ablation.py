@@ -1,10 +1,13 @@
 """Train all variants on several seeds; write tests/results/ablation.json, assets/ablation.png.
 
-    python tests/ablation.py                                          # all; hours on 2 CPU cores
-    python tests/ablation.py --seeds 3407 --variants stage2 ce_only   # a part, added to the file
+    python data_gen.py
+    python data_gen.py --out validation --n 1 --seed 2  # other test problems, to choose rates on
+    python tiny/pretrain.py --out out/base1 --seed 1    # the second base
+    python tests/ablation.py                            # all: hours
+    python tests/ablation.py --trials --seeds 3407 --variants stage2 ce_only  # two runs, no trials
 
-A seed changes the order of the rows in every stage; data, backbones and test problems stay the
-same.  Finished runs are kept in --out and not trained again.
+A seed changes the order of the rows in every stage, and two of the five start from the other base;
+data and test problems stay the same.  Finished runs are kept in --out and not trained again.
 """
 import argparse
 import json
@@ -26,25 +29,43 @@ import stage3_mm_instruct  # noqa: E402
 from data_gen import LADDER  # noqa: E402
 from eval import share  # noqa: E402
 
+RESULTS = os.path.join(ROOT, "tests", "results", "ablation.json")
+PICTURE = os.path.join(ROOT, "assets", "ablation.png")
+
+SEEDS = (3407, 3408, 3409, 3410, 3411)
+OTHER_BASE = (3410, 3411)  # these start from out/base1, the others from tiny
+
+# Flags of stage 2, six for each loss: four rates, then two settings near the best.  Tried on one
+# seed and on other problems than those that the variants are compared on.
+TRIALS = (
+    "--lr 5e-4",
+    "--lr 1e-3",
+    "--lr 2e-3",
+    "--lr 4e-3",
+    "--lr 2e-3 --lam 0.1",
+    "--lr 2e-3 --lam 0.9",
+    "--lam 0 --lr 5e-4",
+    "--lam 0 --lr 1e-3",
+    "--lam 0 --lr 2e-3",
+    "--lam 0 --lr 4e-3",
+    "--lam 0 --lr 3e-3",
+    "--lam 0 --lr 8e-3",
+)
+
 VARIANTS = {  # name: (module, parent, flags)
     "stage1": (stage1_text_sft, None, []),
     "stage2": (stage2_kl_align, "stage1", []),
     "stage3": (stage3_mm_instruct, "stage2", []),
+    "without_stage1": (stage2_kl_align, None, []),
+    "stage3_without_stage2": (stage3_mm_instruct, "stage1", ["--steps", "400"]),
     "ce_only": (stage2_kl_align, "stage1", ["--lam", "0"]),
+    "tuned": (stage2_kl_align, "stage1", ["--lr", "2e-3", "--lam", "0.1"]),  # best of TRIALS
+    "ce_only_tuned": (stage2_kl_align, "stage1", ["--lam", "0", "--lr", "3e-3"]),
+    "stage3_tuned": (stage3_mm_instruct, "tuned", []),
     "alpha0": (stage2_kl_align, "stage1", ["--alpha", "0"]),
     "alpha1": (stage2_kl_align, "stage1", ["--alpha", "1"]),
     "neighbours": (stage2_kl_align, "stage1", ["--pairs", "neighbours"]),
-    "lr_half": (stage2_kl_align, "stage1", ["--lr", "5e-4"]),
-    "lr_double": (stage2_kl_align, "stage1", ["--lr", "2e-3"]),
-    "lr_quadruple": (stage2_kl_align, "stage1", ["--lr", "4e-3"]),
-    "ce_only_lr_half": (stage2_kl_align, "stage1", ["--lam", "0", "--lr", "5e-4"]),
-    "ce_only_lr_double": (stage2_kl_align, "stage1", ["--lam", "0", "--lr", "2e-3"]),
-    "ce_only_lr_quadruple": (stage2_kl_align, "stage1", ["--lam", "0", "--lr", "4e-3"]),
-    "tau4": (stage2_kl_align, "stage1", ["--tau", "4"]),
     "standardize": (stage2_kl_align, "stage1", ["--standardize"]),
-    "without_stage1": (stage2_kl_align, None, ["--init", "tiny", "--no-evaluate"]),
-    "stage3_without_stage2": (stage3_mm_instruct, "stage1", []),
-    "stage3_without_stage2_400": (stage3_mm_instruct, "stage1", ["--steps", "400"]),
     "own_words_half": (stage2_kl_align, "stage1", ["--on_policy", "0.5"]),
     "own_words_all": (stage2_kl_align, "stage1", ["--on_policy", "1"]),
     "first_100": (stage2_kl_align, "stage1", ["--steps", "100"]),
@@ -52,14 +73,11 @@ VARIANTS = {  # name: (module, parent, flags)
     "then_100_own_words": (stage2_kl_align, "first_100", ["--steps", "100", "--on_policy", "1"]),
 }
 
-
 COMPARED_WITH = {  # all others: stage2
     "stage3": "stage2",
     "stage3_without_stage2": "stage3",
-    "stage3_without_stage2_400": "stage3",
-    "ce_only_lr_half": "ce_only",
-    "ce_only_lr_double": "ce_only",
-    "ce_only_lr_quadruple": "ce_only",
+    "ce_only_tuned": "tuned",
+    "stage3_tuned": "stage3",
     "then_100_own_words": "then_100",
 }
 T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds: Student's, two-sided 95 %
@@ -70,46 +88,83 @@ def run(name, seed, folder):
     """Train and mark what is not there yet, parents first. -> the dict of eval.json"""
     module, parent, flags = VARIANTS[name]
     out = os.path.join(folder, str(seed), name)
+    start = "out/base1" if seed in OTHER_BASE else "tiny"
+    if parent is not None:
+        run(parent, seed, folder)
+        start = os.path.join(folder, str(seed), parent)
+    return train_and_mark(module, [*flags, "--seed", str(seed), "--init", start], out, "data")
+
+
+def try_setting(setting, seed, folder):
+    """One of TRIALS, marked on other problems than the variants. -> the dict of eval.json"""
+    run("stage1", seed, folder)
+    start = os.path.join(folder, str(seed), "stage1")
+    out = os.path.join(folder, "trials", setting.replace("--", "").replace(" ", "_"))
+    flags = [*setting.split(), "--seed", str(seed), "--init", start]
+    return train_and_mark(stage2_kl_align, flags, out, "validation")
+
+
+def train_and_mark(module, flags, out, data):
     marks = os.path.join(out, "eval.json")
     if not os.path.exists(marks):
-        line = [*flags, "--out", out, "--seed", str(seed)]
-        if parent is not None:
-            run(parent, seed, folder)
-            line += ["--init", os.path.join(folder, str(seed), parent), "--no-evaluate"]
-        module.main(line)
-        evaluation.main([out, "--data", "data"])
+        evaluate = [] if module is stage1_text_sft else ["--no-evaluate"]
+        module.main([*flags, *evaluate, "--out", out])
+        evaluation.main([out, "--data", data])
     with open(marks) as f:
         return json.load(f)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3407, 3408, 3409])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--out", default="out/ablation")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    args = parser.parse_args()
-    path = os.path.join(ROOT, "tests", "results", "ablation.json")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--trials", nargs="*", default=TRIALS, choices=TRIALS)
+    args = parser.parse_args(argv)
+    for setting in args.trials:
+        store(try_setting(setting, SEEDS[0], args.out), "trials", setting)
     for seed in args.seeds:
         for name in args.variants:
-            marks = run(name, seed, args.out)
-            runs = {}
-            if os.path.exists(path):  # read late: another process may be at another run
-                with open(path) as f:
-                    runs = json.load(f)["runs"]
-            runs.setdefault(str(seed), {})[name] = marks
-            threads = torch.get_num_threads()
-            result = {
-                "command": "python tests/ablation.py",
-                "date": time.strftime("%Y-%m-%d"),
-                "torch": torch.__version__,
-                "machine": f"{threads} CPU threads a run, {platform.machine()}",
-                "runs": dict(sorted(runs.items())),
-            }
-            with open(path, "w") as f:  # after every run: what is killed keeps what it has
-                json.dump(result, f, indent=1)
-    print(markdown(runs))
-    print(differences_table(runs))
-    draw_differences(runs, os.path.join(ROOT, "assets", "ablation.png"))
+            store(run(name, seed, args.out), "runs", name, seed)
+    result = stored()
+    print(trials_table(result["trials"]))
+    print(markdown(result["runs"]))
+    print(differences_table(result["runs"]))
+    draw_differences(result["runs"], PICTURE)
+
+
+def stored():
+    """What the file holds: {"trials": {name: marks}, "runs": {seed: {name: marks}}, ...}"""
+    if not os.path.exists(RESULTS):
+        return {"trials": {}, "runs": {}}
+    with open(RESULTS) as f:
+        return json.load(f)
+
+
+def store(marks, part, name, seed=None):
+    """After every run: what is killed keeps what it has.  Read late: others may write too."""
+    result = stored()
+    group = result[part] if seed is None else result[part].setdefault(str(seed), {})
+    group[name] = marks
+    result["runs"] = dict(sorted(result["runs"].items()))
+    result["command"] = "python tests/ablation.py"
+    result["date"] = time.strftime("%Y-%m-%d")
+    result["torch"] = torch.__version__
+    result["machine"] = f"{torch.get_num_threads()} CPU threads a run, {platform.machine()}"
+    with open(RESULTS + ".part", "w") as f:
+        json.dump(result, f, indent=1)
+    os.replace(RESULTS + ".part", RESULTS)  # so that nobody reads half a file
+
+
+def trials_table(trials):
+    """The README's table of settings: % of the validation problems, one seed."""
+    columns = ("all", "vision_dominant", "vision_only")
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    for setting in TRIALS:
+        if setting in trials:
+            cells = [f"{100 * figure(trials[setting], key):.1f}" for key in columns]
+            lines.append(f"| `{setting}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def markdown(runs):
@@ -131,16 +186,22 @@ def markdown(runs):
     return "\n".join(lines)
 
 
-def differences(runs, name, key):
-    """Of a variant and what it is compared with, seed by seed. -> (mean, half a 95 % interval)
-
-    In points; the half is None for a single seed.
-    """
+def points_of(runs, name, key):
+    """A variant minus what it is compared with, seed by seed. -> {seed: points}"""
     other = COMPARED_WITH.get(name, "stage2")
-    values = []
-    for seed in runs.values():
-        if name in seed and other in seed:
-            values.append(100 * (figure(seed[name], key) - figure(seed[other], key)))
+    points = {}
+    for seed, run_of in runs.items():
+        if name in run_of and other in run_of:
+            points[seed] = 100 * (figure(run_of[name], key) - figure(run_of[other], key))
+    return points
+
+
+def differences(runs, name, key):
+    """-> (mean, half a 95 % interval) of the seeds' differences, in points
+
+    The half is None for a single seed.
+    """
+    values = list(points_of(runs, name, key).values())
     mean = statistics.mean(values)
     if len(values) == 1:
         return mean, None
@@ -153,10 +214,15 @@ def compared(runs):
     rows = []
     for name in VARIANTS:
         other = COMPARED_WITH.get(name, "stage2")
-        n = sum(name in seed and other in seed for seed in runs.values())
+        n = len(points_of(runs, name, "all"))
         if n > 0 and name not in ("stage1", "stage2", "first_100"):
             rows.append((name, other, n))
     return rows
+
+
+def in_words(mean, half):
+    interval = "" if half is None else f" [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return f"{mean:+.1f}{interval}"
 
 
 def differences_table(runs):
@@ -166,37 +232,43 @@ def differences_table(runs):
     for name, other, n in compared(runs):
         cells = []
         for key in COLUMNS:
-            mean, half = differences(runs, name, key)
-            interval = "" if half is None else f" [{mean - half:+.1f}, {mean + half:+.1f}]"
-            cells.append(f"{mean:+.1f}{interval}")
+            cells.append(in_words(*differences(runs, name, key)))
         lines.append(f"| `{name}` | `{other}` | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw_differences(runs, path):
-    """Differences over the versions with a picture, a row a variant; lines: 95 % intervals."""
+    """Differences over the versions with a picture: a row a variant, a dot a seed."""
     rows = compared(runs)
-    image = Image.new("RGB", (900, 90 + 34 * len(rows)), "white")
+    image = Image.new("RGB", (900, 120 + 34 * len(rows)), "white")
     draw = ImageDraw.Draw(image)
     draw.text((20, 12), "ALL (with picture): points more than what it is compared with", "black",
               ImageFont.load_default(18))
     draw.font = ImageFont.load_default(14)
-    zero = 640
-    scale = 8  # pixels a point
-    bottom = 60 + 34 * len(rows)
-    for points in range(-30, 31, 10):
-        x = zero + scale * points
-        draw.line([x, 50, x, bottom], "black" if points == 0 else "#dddddd")
-        draw.text((x, bottom + 6), f"{points:+d}", "black", anchor="ma")
+    draw.text((20, 42), "Dot: a seed, hollow from the other base; at the edge: beyond it. "
+              "Bar and line: mean and its 95 % interval.", "black")
+
+    def x_of(points):
+        return 510 + 14 * max(-12, min(12, points))
+
+    bottom = 90 + 34 * len(rows)
+    for points in range(-10, 11, 5):
+        color = "black" if points == 0 else "#dddddd"
+        draw.line([x_of(points), 80, x_of(points), bottom], color)
+        draw.text((x_of(points), bottom + 6), f"{points}", "black", anchor="ma")
+
     for k, (name, other, n) in enumerate(rows):
-        y = 70 + 34 * k
-        draw.text((20, y - 8), f"{name} - {other}  (n = {n})", "black")
+        y = 100 + 34 * k
+        draw.text((20, y - 8), f"{name} - {other}", "black")
+        draw.text((880, y - 8), f"n = {n}", "black", anchor="ra")
         mean, half = differences(runs, name, "all")
-        mean = max(-30, min(30, mean))
+        draw.text((700, y - 8), in_words(mean, half), "black")
         if half is not None:
-            ends = [max(-31, min(31, mean + sign * half)) for sign in (-1, 1)]
-            draw.line([zero + scale * ends[0], y, zero + scale * ends[1], y], "#1f3d63", 2)
-        draw.circle((zero + scale * mean, y), 5, "#1f3d63")
+            draw.line([x_of(mean - half), y, x_of(mean + half), y], "#1f3d63", 2)
+        draw.line([x_of(mean), y - 9, x_of(mean), y + 9], "#1f3d63", 3)
+        for seed, points in points_of(runs, name, "all").items():
+            fill = "white" if int(seed) in OTHER_BASE else "#1f3d63"
+            draw.circle((x_of(points), y), 4, fill, "#1f3d63")
     image.save(path)
 
 

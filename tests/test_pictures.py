@@ -1,11 +1,9 @@
 """assets/: the film of a pair is made by its command, and is small."""
 import importlib.util
-import json
 import os
 
 from PIL import Image
 
-import ablation
 import data_gen
 import stage2_kl_align
 from helpers import ROOT, TINY
@@ -53,14 +51,3 @@ def test_the_overview_is_of_the_stored_run(tmp_path, monkeypatch):
             assert made.size == stored.size
             bars = (770, 90, 1230, 318)  # words may differ with Pillow's fonts
             assert made.crop(bars).tobytes() == stored.crop(bars).tobytes()
-
-
-def test_the_picture_of_variants_has_a_row_for_each(tmp_path):
-    with open(os.path.join(ROOT, "tests", "results", "ablation.json")) as f:
-        runs = json.load(f)["runs"]
-    path = str(tmp_path / "variants.png")
-    ablation.draw_differences(runs, path)
-    with Image.open(path) as made:
-        assert made.size == (900, 90 + 34 * len(ablation.compared(runs)))
-        row = made.convert("L").crop((400, 60, 890, 80))  # of the first one: its dot is dark
-        assert row.getextrema()[0] < 100

@@ -145,26 +145,12 @@ def test_the_pasted_ladder_is_what_show_prints(tmp_path, monkeypatch, capsys):
 
 def test_the_tables_of_variants_are_those_of_the_stored_runs():
     runs = read_result("ablation")["runs"]
+    text = ablation.trials_table(read_result("ablation")["trials"])
+    assert f"<!-- trials -->\n{text}\n<!-- /trials -->" in read("README.md")
     text = ablation.markdown(runs)
     assert f"<!-- ablation -->\n{text}\n<!-- /ablation -->" in read("README.md")
     text = ablation.differences_table(runs)
     assert f"<!-- differences -->\n{text}\n<!-- /differences -->" in read("README.md")
-
-
-def test_paired_differences_by_hand():
-    def result(correct):
-        return {"all": correct, "versions": {}}
-
-    runs = {
-        "1": {"stage2": result(0.50), "ce_only": result(0.48)},
-        "2": {"stage2": result(0.60), "ce_only": result(0.56)},
-        "3": {"stage2": result(0.70)},
-    }
-    mean, half = ablation.differences(runs, "ce_only", "all")
-    assert mean == pytest.approx(-3)
-    assert half == pytest.approx(12.71 * 2 ** 0.5 / 2 ** 0.5)  # deviation sqrt(2), two seeds
-    del runs["2"]
-    assert ablation.differences(runs, "ce_only", "all") == (pytest.approx(-2), None)
 
 
 def test_the_kernel_tables_are_those_of_the_stored_run():

@@ -1,0 +1,132 @@
+"""tests/ablation.py: who starts from whom, what is kept, and the arithmetic of its tables."""
+import json
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+import ablation
+
+
+def marks(correct):
+    return {"all": correct, "versions": {}}
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Stages check their flags and train nothing. -> [(out, init, flags of a run)], in order"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "RESULTS", "results.json")
+    monkeypatch.setattr(ablation, "PICTURE", "picture.png")
+    runs = []
+
+    def stands_in_for(module):
+        def main(line):
+            args = module.parse_args(line)
+            runs.append((args.out, args.init, args))
+        monkeypatch.setattr(module, "main", main)
+
+    for module in (ablation.stage1_text_sft, ablation.stage2_kl_align, ablation.stage3_mm_instruct):
+        stands_in_for(module)
+
+    def mark(line):
+        out, _, data = line
+        os.makedirs(out)
+        with open(f"{out}/eval.json", "w") as f:
+            json.dump({"all": 0.5, "relative_gap": None, "data": data,
+                       "versions": {v: {"correct": 1, "n": 2} for v in ablation.LADDER}}, f)
+    monkeypatch.setattr(ablation.evaluation, "main", mark)
+    return runs
+
+
+def test_parents_come_first_and_nothing_is_trained_twice(trained):
+    part = ["--out", "runs", "--trials", "--seeds", "3408", "--variants", "stage3"]
+    ablation.main(part)
+    ablation.main(part)
+    assert [(out, init) for out, init, _ in trained] == [
+        ("runs/3408/stage1", "tiny"),
+        ("runs/3408/stage2", "runs/3408/stage1"),
+        ("runs/3408/stage3", "runs/3408/stage2"),
+    ]
+    assert all(args.seed == 3408 for _, _, args in trained)
+
+
+def test_two_of_the_seeds_start_from_the_other_base(trained):
+    ablation.main(["--out", "runs", "--trials", "--variants", "stage1", "without_stage1"])
+    starts = {out: init for out, init, _ in trained}
+    for name in ("stage1", "without_stage1"):
+        assert [starts[f"runs/{seed}/{name}"] for seed in ablation.SEEDS] == [
+            "tiny", "tiny", "tiny", "out/base1", "out/base1"]
+
+
+def test_every_variant_and_setting_has_flags_that_its_stage_takes(trained):
+    ablation.main(["--out", "runs", "--seeds", "3411"])
+    one = 1  # seed 3407's stage 1, where all trials start
+    assert len(trained) == len(ablation.TRIALS) + one + len(ablation.VARIANTS)
+    with open("results.json") as f:
+        result = json.load(f)
+    assert list(result["runs"]["3411"]) == list(ablation.VARIANTS)
+    assert all(run["data"] == "data" for run in result["runs"]["3411"].values())
+    assert all(run["data"] == "validation" for run in result["trials"].values())
+
+
+def test_both_losses_have_as_many_settings():
+    of_cross_entropy = [line for line in ablation.TRIALS if "--lam 0 " in line]
+    assert len(of_cross_entropy) == len(ablation.TRIALS) / 2
+
+
+def test_a_part_is_added_to_the_file(trained):
+    with open("results.json", "w") as f:
+        json.dump({"trials": {"a": 1}, "runs": {"3408": {"stage1": "kept"}}}, f)
+    ablation.store(marks(0.5), "runs", "stage2", 3408)
+    ablation.store(marks(0.4), "runs", "stage2", 3407)
+    result = ablation.stored()
+    assert result["trials"] == {"a": 1}
+    assert result["runs"]["3408"] == {"stage1": "kept", "stage2": marks(0.5)}
+    assert list(result["runs"]) == ["3407", "3408"]
+
+
+def test_paired_differences_by_hand():
+    runs = {
+        "1": {"stage2": marks(0.50), "ce_only": marks(0.48)},
+        "2": {"stage2": marks(0.60), "ce_only": marks(0.56)},
+        "3": {"stage2": marks(0.70)},
+    }
+    mean, half = ablation.differences(runs, "ce_only", "all")
+    assert mean == pytest.approx(-3)
+    assert half == pytest.approx(12.71 * 2 ** 0.5 / 2 ** 0.5)  # deviation sqrt(2), two seeds
+    del runs["2"]
+    assert ablation.differences(runs, "ce_only", "all") == (pytest.approx(-2), None)
+
+
+def test_who_is_compared_with_whom():
+    runs = {"3407": {name: marks(0.5) for name in ablation.VARIANTS}}
+    others = {name: other for name, other, _ in ablation.compared(runs)}
+    assert others["ce_only"] == others["alpha0"] == others["stage3"] == "stage2"
+    assert others["ce_only_tuned"] == "tuned"
+    assert others["stage3_without_stage2"] == others["stage3_tuned"] == "stage3"
+    assert others["then_100_own_words"] == "then_100"
+
+
+@pytest.mark.parametrize("n", ablation.T_QUANTILES)
+def test_95_percent_lie_within_the_quantile(n):
+    """The density of Student's t with n - 1 degrees of freedom, summed up to the quantile."""
+    t = torch.linspace(0, ablation.T_QUANTILES[n], 100_001, dtype=torch.float64)
+    density = torch.distributions.StudentT(n - 1).log_prob(t).exp()
+    assert 2 * torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=0.001)
+
+
+def test_the_picture_has_a_row_a_variant_and_a_dot_a_seed(tmp_path):
+    runs = {
+        "3407": {"stage2": marks(0.50), "ce_only": marks(0.40), "alpha0": marks(0.50)},
+        "3410": {"stage2": marks(0.50), "ce_only": marks(0.60)},
+    }
+    path = str(tmp_path / "picture.png")
+    ablation.draw_differences(runs, path)
+    with Image.open(path) as made:
+        assert made.size == (900, 120 + 34 * 2)
+        dark, white = (31, 61, 99), (255, 255, 255)
+        assert made.getpixel((510 - 140, 98)) == dark  # -10 points; above the interval's line
+        assert made.getpixel((510 + 140, 98)) == white  # +10, the other base: hollow
+        assert made.getpixel((510 + 140, 96)) == dark
