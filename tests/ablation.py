@@ -7,7 +7,8 @@
     python tests/ablation.py --trials --seeds 3407 --variants stage2 ce_only  # two runs, no trials
 
 A seed changes the order of the rows in every stage, and two of the five start from the other base;
-data and test problems stay the same.  Finished runs are kept in --out and not trained again.
+data and test problems stay the same.  Finished runs are kept in --out and not trained again: delete
+one after you have changed its flags here.
 """
 import argparse
 import json
@@ -36,7 +37,7 @@ SEEDS = (3407, 3408, 3409, 3410, 3411)
 OTHER_BASE = (3410, 3411)  # these start from out/base1, the others from tiny
 
 # Flags of stage 2, six for each loss: four rates, then two settings near the best.  Tried on one
-# seed and on other problems than those that the variants are compared on.
+# seed, and marked on another draw of the test problems.
 TRIALS = (
     "--lr 5e-4",
     "--lr 1e-3",
@@ -73,60 +74,73 @@ VARIANTS = {  # name: (module, parent, flags)
     "then_100_own_words": (stage2_kl_align, "first_100", ["--steps", "100", "--on_policy", "1"]),
 }
 
-COMPARED_WITH = {  # all others: stage2
-    "stage3": "stage2",
-    "stage3_without_stage2": "stage3",
-    "ce_only_tuned": "tuned",
-    "stage3_tuned": "stage3",
-    "then_100_own_words": "then_100",
-}
+COMPARISONS = (  # (variant, what is taken from it)
+    ("stage3", "stage2"),
+    ("without_stage1", "stage2"),
+    ("stage3_without_stage2", "stage3"),
+    ("stage3_without_stage2", "stage3_tuned"),
+    ("ce_only", "stage2"),
+    ("alpha0", "stage2"),
+    ("alpha1", "stage2"),
+    ("alpha1", "ce_only"),
+    ("tuned", "stage2"),
+    ("ce_only_tuned", "tuned"),
+    ("neighbours", "stage2"),
+    ("standardize", "stage2"),
+    ("own_words_half", "stage2"),
+    ("own_words_all", "stage2"),
+    ("then_100_own_words", "then_100"),
+)
 T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds: Student's, two-sided 95 %
-COLUMNS = ("all", "text_only", "vision_dominant", "vision_only")
+COLUMNS = ("all", "text_dominant", "vision_dominant", "vision_only")
 
 
 def run(name, seed, folder):
-    """Train and mark what is not there yet, parents first. -> the dict of eval.json"""
+    """Train and mark what is not there yet, parents first."""
     module, parent, flags = VARIANTS[name]
-    out = os.path.join(folder, str(seed), name)
+    out = folder_of(folder, seed, name)
     start = "out/base1" if seed in OTHER_BASE else "tiny"
     if parent is not None:
         run(parent, seed, folder)
-        start = os.path.join(folder, str(seed), parent)
-    return train_and_mark(module, [*flags, "--seed", str(seed), "--init", start], out, "data")
+        start = folder_of(folder, seed, parent)
+    train_and_mark(module, [*flags, "--seed", str(seed), "--init", start], out, "data")
 
 
 def try_setting(setting, seed, folder):
-    """One of TRIALS, marked on other problems than the variants. -> the dict of eval.json"""
+    """The same for one of TRIALS, marked on other problems than the variants."""
     run("stage1", seed, folder)
-    start = os.path.join(folder, str(seed), "stage1")
-    out = os.path.join(folder, "trials", setting.replace("--", "").replace(" ", "_"))
+    start = folder_of(folder, seed, "stage1")
     flags = [*setting.split(), "--seed", str(seed), "--init", start]
-    return train_and_mark(stage2_kl_align, flags, out, "validation")
+    train_and_mark(stage2_kl_align, flags, folder_of(folder, "trials", setting), "validation")
+
+
+def folder_of(folder, group, name):
+    """Of a run; group: its seed, or "trials". "--lr 2e-3 --lam 0.1" -> "lr_2e-3_lam_0.1" """
+    return os.path.join(folder, str(group), name.replace("--", "").replace(" ", "_"))
 
 
 def train_and_mark(module, flags, out, data):
-    marks = os.path.join(out, "eval.json")
-    if not os.path.exists(marks):
+    if not os.path.exists(os.path.join(out, "eval.json")):
         evaluate = [] if module is stage1_text_sft else ["--no-evaluate"]
         module.main([*flags, *evaluate, "--out", out])
         evaluation.main([out, "--data", data])
-    with open(marks) as f:
-        return json.load(f)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, choices=SEEDS)
     parser.add_argument("--out", default="out/ablation")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--trials", nargs="*", default=TRIALS, choices=TRIALS)
     args = parser.parse_args(argv)
     for setting in args.trials:
-        store(try_setting(setting, SEEDS[0], args.out), "trials", setting)
+        try_setting(setting, SEEDS[0], args.out)
+        collect(args.out)
     for seed in args.seeds:
         for name in args.variants:
-            store(run(name, seed, args.out), "runs", name, seed)
-    result = stored()
+            run(name, seed, args.out)
+            collect(args.out)  # after every run: what is killed keeps what it has
+    result = collect(args.out)
     print(trials_table(result["trials"]))
     print(markdown(result["runs"]))
     print(differences_table(result["runs"]))
@@ -134,26 +148,42 @@ def main(argv=None):
 
 
 def stored():
-    """What the file holds: {"trials": {name: marks}, "runs": {seed: {name: marks}}, ...}"""
+    """What the file holds: {"trials": {setting: marks}, "runs": {seed: {name: marks}}, ...}
+
+    Marks are the dict of an eval.json.
+    """
     if not os.path.exists(RESULTS):
         return {"trials": {}, "runs": {}}
     with open(RESULTS) as f:
         return json.load(f)
 
 
-def store(marks, part, name, seed=None):
-    """After every run: what is killed keeps what it has.  Read late: others may write too."""
+def collect(folder):
+    """Put every run that is finished under `folder` into the file. -> what it then holds"""
     result = stored()
-    group = result[part] if seed is None else result[part].setdefault(str(seed), {})
-    group[name] = marks
-    result["runs"] = dict(sorted(result["runs"].items()))
+    for setting in TRIALS:
+        add_marks(result["trials"], folder, "trials", setting)
+    for seed in SEEDS:
+        runs = result["runs"].setdefault(str(seed), {})
+        for name in VARIANTS:
+            add_marks(runs, folder, seed, name)
+
     result["command"] = "python tests/ablation.py"
     result["date"] = time.strftime("%Y-%m-%d")
     result["torch"] = torch.__version__
     result["machine"] = f"{torch.get_num_threads()} CPU threads a run, {platform.machine()}"
-    with open(RESULTS + ".part", "w") as f:
+    part = f"{RESULTS}.{os.getpid()}"  # others may run another part, and read
+    with open(part, "w") as f:
         json.dump(result, f, indent=1)
-    os.replace(RESULTS + ".part", RESULTS)  # so that nobody reads half a file
+    os.replace(part, RESULTS)
+    return result
+
+
+def add_marks(results, folder, group, name):
+    path = os.path.join(folder_of(folder, group, name), "eval.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            results[name] = json.load(f)
 
 
 def trials_table(trials):
@@ -186,9 +216,8 @@ def markdown(runs):
     return "\n".join(lines)
 
 
-def points_of(runs, name, key):
-    """A variant minus what it is compared with, seed by seed. -> {seed: points}"""
-    other = COMPARED_WITH.get(name, "stage2")
+def points_of(runs, name, other, key):
+    """A variant minus another, seed by seed, where both have run. -> {seed: points}"""
     points = {}
     for seed, run_of in runs.items():
         if name in run_of and other in run_of:
@@ -196,57 +225,47 @@ def points_of(runs, name, key):
     return points
 
 
-def differences(runs, name, key):
-    """-> (mean, half a 95 % interval) of the seeds' differences, in points
-
-    The half is None for a single seed.
-    """
-    values = list(points_of(runs, name, key).values())
-    mean = statistics.mean(values)
-    if len(values) == 1:
+def difference(points):
+    """{seed: points} -> (mean, half a 95 % interval); the half is None for a single seed"""
+    mean = statistics.mean(points.values())
+    n = len(points)
+    if n == 1:
         return mean, None
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return mean, T_QUANTILES[len(values)] * error
+    return mean, T_QUANTILES[n] * statistics.stdev(points.values()) / n ** 0.5
 
 
-def compared(runs):
-    """Variants of which a pair has run, as [(variant, what it is compared with, seeds)]"""
-    rows = []
-    for name in VARIANTS:
-        other = COMPARED_WITH.get(name, "stage2")
-        n = len(points_of(runs, name, "all"))
-        if n > 0 and name not in ("stage1", "stage2", "first_100"):
-            rows.append((name, other, n))
-    return rows
-
-
-def in_words(mean, half):
+def in_words(points):
+    mean, half = difference(points)
     interval = "" if half is None else f" [{mean - half:+.1f}, {mean + half:+.1f}]"
     return f"{mean:+.1f}{interval}"
 
 
+def compared(runs):
+    """COMPARISONS of which a pair has run"""
+    return [pair for pair in COMPARISONS if points_of(runs, *pair, "all")]
+
+
 def differences_table(runs):
     """The README's table of paired differences, in points."""
-    lines = ["| | compared with | seeds | " + " | ".join(COLUMNS) + " |",
+    lines = ["| | minus | seeds | " + " | ".join(COLUMNS) + " |",
              "|---|---|--:|" + "--:|" * len(COLUMNS)]
-    for name, other, n in compared(runs):
-        cells = []
-        for key in COLUMNS:
-            cells.append(in_words(*differences(runs, name, key)))
+    for name, other in compared(runs):
+        n = len(points_of(runs, name, other, "all"))
+        cells = [in_words(points_of(runs, name, other, key)) for key in COLUMNS]
         lines.append(f"| `{name}` | `{other}` | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw_differences(runs, path):
-    """Differences over the versions with a picture: a row a variant, a dot a seed."""
+    """Differences over the versions with a picture: a row a comparison, a dot a seed."""
     rows = compared(runs)
     image = Image.new("RGB", (900, 120 + 34 * len(rows)), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((20, 12), "ALL (with picture): points more than what it is compared with", "black",
+    draw.text((20, 12), "Mean of the five versions with a picture: difference in points", "black",
               ImageFont.load_default(18))
     draw.font = ImageFont.load_default(14)
-    draw.text((20, 42), "Dot: a seed, hollow from the other base; at the edge: beyond it. "
-              "Bar and line: mean and its 95 % interval.", "black")
+    draw.text((20, 42), "Dot: one seed, hollow from the other base. Bar and line: mean, 95 % "
+              "interval. < >: off the scale.", "black")
 
     def x_of(points):
         return 510 + 14 * max(-12, min(12, points))
@@ -257,26 +276,30 @@ def draw_differences(runs, path):
         draw.line([x_of(points), 80, x_of(points), bottom], color)
         draw.text((x_of(points), bottom + 6), f"{points}", "black", anchor="ma")
 
-    for k, (name, other, n) in enumerate(rows):
+    for k, (name, other) in enumerate(rows):
         y = 100 + 34 * k
+        points_by_seed = points_of(runs, name, other, "all")
+        mean, half = difference(points_by_seed)
         draw.text((20, y - 8), f"{name} - {other}", "black")
-        draw.text((880, y - 8), f"n = {n}", "black", anchor="ra")
-        mean, half = differences(runs, name, "all")
-        draw.text((700, y - 8), in_words(mean, half), "black")
+        draw.text((700, y - 8), in_words(points_by_seed), "black")
+        draw.text((880, y - 8), f"n = {len(points_by_seed)}", "black", anchor="ra")
+        if abs(mean) > 12:
+            draw.text((x_of(mean), y), "<" if mean < 0 else ">", "#1f3d63", anchor="mm")
+            continue
         if half is not None:
             draw.line([x_of(mean - half), y, x_of(mean + half), y], "#1f3d63", 2)
         draw.line([x_of(mean), y - 9, x_of(mean), y + 9], "#1f3d63", 3)
-        for seed, points in points_of(runs, name, "all").items():
+        for seed, points in points_by_seed.items():
             fill = "white" if int(seed) in OTHER_BASE else "#1f3d63"
             draw.circle((x_of(points), y), 4, fill, "#1f3d63")
     image.save(path)
 
 
 def figure(result, key):
-    """A version's share of right answers, or one of the means in eval.json (None: 0)."""
+    """A version's share of right answers, or one of the means in eval.json."""
     if key in LADDER:
         return share(result["versions"][key])
-    return result[key] or 0
+    return float("nan") if result[key] is None else result[key]
 
 
 if __name__ == "__main__":

@@ -64,10 +64,10 @@ def test_every_variant_and_setting_has_flags_that_its_stage_takes(trained):
     ablation.main(["--out", "runs", "--seeds", "3411"])
     one = 1  # seed 3407's stage 1, where all trials start
     assert len(trained) == len(ablation.TRIALS) + one + len(ablation.VARIANTS)
-    with open("results.json") as f:
-        result = json.load(f)
+    result = ablation.stored()
     assert list(result["runs"]["3411"]) == list(ablation.VARIANTS)
     assert all(run["data"] == "data" for run in result["runs"]["3411"].values())
+    assert list(result["trials"]) == list(ablation.TRIALS)
     assert all(run["data"] == "validation" for run in result["trials"].values())
 
 
@@ -76,15 +76,40 @@ def test_both_losses_have_as_many_settings():
     assert len(of_cross_entropy) == len(ablation.TRIALS) / 2
 
 
-def test_a_part_is_added_to_the_file(trained):
-    with open("results.json", "w") as f:
-        json.dump({"trials": {"a": 1}, "runs": {"3408": {"stage1": "kept"}}}, f)
-    ablation.store(marks(0.5), "runs", "stage2", 3408)
-    ablation.store(marks(0.4), "runs", "stage2", 3407)
-    result = ablation.stored()
-    assert result["trials"] == {"a": 1}
-    assert result["runs"]["3408"] == {"stage1": "kept", "stage2": marks(0.5)}
-    assert list(result["runs"]) == ["3407", "3408"]
+def test_tuned_is_the_best_of_its_settings():
+    trials = ablation.stored()["trials"]
+    for name, cross_entropy in (("tuned", False), ("ce_only_tuned", True)):
+        settings = [line for line in ablation.TRIALS if ("--lam 0 " in line) == cross_entropy]
+        best = max(settings, key=lambda line: trials[line]["all"])
+        flags = ablation.VARIANTS[name][2]
+        assert sorted(best.split()) == sorted(flags)
+
+
+def test_a_part_is_added_to_the_file_with_its_parents(trained):
+    part = ["--trials", "--seeds", "3408", "--variants"]
+    ablation.main(["--out", "runs", *part, "alpha0"])
+    ablation.main(["--out", "other", *part, "stage2"])
+    runs = ablation.stored()["runs"]
+    assert set(runs["3408"]) == {"stage1", "alpha0", "stage2"}
+    assert not runs["3407"]
+    assert set(os.listdir(".")) == {"runs", "other", "results.json", "picture.png"}
+
+
+def test_a_killed_command_keeps_what_it_has_finished(trained, monkeypatch):
+    def killed(line):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation.stage3_mm_instruct, "main", killed)
+    part = ["--out", "runs", "--seeds", "3408", "--variants", "stage2", "stage3"]
+    with pytest.raises(KeyboardInterrupt):
+        ablation.main([*part, "--trials", "--lr 4e-3"])
+    assert set(ablation.stored()["runs"]["3408"]) == {"stage1", "stage2"}
+    assert set(ablation.stored()["trials"]) == {"--lr 4e-3"}
+
+
+def test_no_other_seeds(trained):
+    with pytest.raises(SystemExit):  # T_QUANTILES ends at five
+        ablation.main(["--out", "runs", "--seeds", "1"])
 
 
 def test_paired_differences_by_hand():
@@ -93,20 +118,31 @@ def test_paired_differences_by_hand():
         "2": {"stage2": marks(0.60), "ce_only": marks(0.56)},
         "3": {"stage2": marks(0.70)},
     }
-    mean, half = ablation.differences(runs, "ce_only", "all")
+    points = ablation.points_of(runs, "ce_only", "stage2", "all")
+    assert points == {"1": pytest.approx(-2), "2": pytest.approx(-4)}
+    mean, half = ablation.difference(points)
     assert mean == pytest.approx(-3)
     assert half == pytest.approx(12.71 * 2 ** 0.5 / 2 ** 0.5)  # deviation sqrt(2), two seeds
-    del runs["2"]
-    assert ablation.differences(runs, "ce_only", "all") == (pytest.approx(-2), None)
+    assert ablation.in_words(points) == "-3.0 [-15.7, +9.7]"
+    assert ablation.in_words({"1": -2.0}) == "-2.0"
+    assert ablation.compared(runs) == [("ce_only", "stage2")]
 
 
-def test_who_is_compared_with_whom():
-    runs = {"3407": {name: marks(0.5) for name in ablation.VARIANTS}}
-    others = {name: other for name, other, _ in ablation.compared(runs)}
-    assert others["ce_only"] == others["alpha0"] == others["stage3"] == "stage2"
-    assert others["ce_only_tuned"] == "tuned"
-    assert others["stage3_without_stage2"] == others["stage3_tuned"] == "stage3"
-    assert others["then_100_own_words"] == "then_100"
+def test_the_table_of_runs_by_hand():
+    runs = {
+        "1": {"stage2": marks(0.50)},
+        "2": {"stage2": marks(0.60)},
+        "3": {"stage1": marks(0.10)},
+    }
+    for run in runs.values():
+        for result in run.values():
+            result["versions"] = {v: {"correct": 3, "n": 4} for v in ablation.LADDER}
+            result["relative_gap"] = None
+    header, _, *rows = ablation.markdown(runs).split("\n")
+    assert header.startswith("| | seeds | text_only |") and header.endswith("ALL | relative gap |")
+    assert rows[0] == "| `stage1` | 1 | " + "75.0 | " * 6 + "10.0 | nan |"
+    assert rows[1].startswith("| `stage2` | 2 | 75.0 (75.0 - 75.0) | ")
+    assert "| 55.0 (50.0 - 60.0) |" in rows[1]
 
 
 @pytest.mark.parametrize("n", ablation.T_QUANTILES)
@@ -119,7 +155,7 @@ def test_95_percent_lie_within_the_quantile(n):
 
 def test_the_picture_has_a_row_a_variant_and_a_dot_a_seed(tmp_path):
     runs = {
-        "3407": {"stage2": marks(0.50), "ce_only": marks(0.40), "alpha0": marks(0.50)},
+        "3407": {"stage2": marks(0.50), "ce_only": marks(0.40), "alpha0": marks(0.30)},
         "3410": {"stage2": marks(0.50), "ce_only": marks(0.60)},
     }
     path = str(tmp_path / "picture.png")
@@ -130,3 +166,4 @@ def test_the_picture_has_a_row_a_variant_and_a_dot_a_seed(tmp_path):
         assert made.getpixel((510 - 140, 98)) == dark  # -10 points; above the interval's line
         assert made.getpixel((510 + 140, 98)) == white  # +10, the other base: hollow
         assert made.getpixel((510 + 140, 96)) == dark
+        assert made.getpixel((510 - 168, 134 - 8)) == white  # -20: no bar at the edge, but a "<"

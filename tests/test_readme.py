@@ -153,6 +153,50 @@ def test_the_tables_of_variants_are_those_of_the_stored_runs():
     assert f"<!-- differences -->\n{text}\n<!-- /differences -->" in read("README.md")
 
 
+def test_numbers_in_sentences_are_those_of_the_stored_runs():
+    runs = read_result("ablation")["runs"]
+
+    def points(name, other, key="all"):
+        mean, _ = ablation.difference(ablation.points_of(runs, name, other, key))
+        return f"{mean:.1f}"
+
+    def level(name, key="vision_only", seeds=runs):
+        results = [runs[seed][name] for seed in seeds if name in runs[seed]]
+        values = [100 * ablation.figure(result, key) for result in results]
+        return f"{sum(values) / len(values):.1f}"
+
+    three = ("3407", "3408", "3409")
+    own = ablation.in_words(ablation.points_of(runs, "own_words_all", "stage2", "all"))
+    later = ablation.in_words(ablation.points_of(runs, "then_100_own_words", "then_100", "all"))
+    for words in (
+        f"adds {points('stage2', 'ce_only')} points in `all`, "
+        f"{points('stage2', 'ce_only', 'vision_dominant')} on `vision_dominant`",
+        f"{float(points('ce_only', 'stage1')):.0f} of stage 2's "
+        f"{float(points('stage2', 'stage1')):.0f} points come without it",
+        f"it ends {points('stage3_without_stage2', 'stage3')} points lower, "
+        f"tuned {points('stage3_without_stage2', 'stage3_tuned')}.",
+        f"without it, {float(points('stage2', 'without_stage1')):.0f} points less",
+        f"`neighbours` loses {points('stage2', 'neighbours')} points",
+        f"{own} points in `all` over four seeds, undecided; in the last 100 steps only: {later}.",
+        f"frozen; {level('ce_only', 'vision_dominant')}, against "
+        f"{level('stage2', 'vision_dominant')}<",
+        f">{level('neighbours')}, against {level('stage2')}: that teacher",
+        f">{level('alpha1', 'all')} and {level('alpha0', 'all')}, against "
+        f"{level('stage2', 'all')} together",
+        f">{level('stage3_without_stage2')}, against {level('stage3')}<",
+        f">{level('without_stage1', seeds=three)} on `vision_only`, of 48.8 in text; "
+        f"{level('without_stage1', seeds=('3410', '3411'))} on the other base",
+        f">{level('own_words_all')} (",
+        f"4 seeds), against {level('stage2', seeds=(*three, '3410'))}<",
+        f"teacher to student: {points('stage2', 'alpha1')} points less in `all`",
+        f"the reverse: {points('stage2', 'alpha0')} less",
+        f"| {points('stage3_without_stage2', 'stage3')} points less in `all` |",
+        f"| {points('stage2', 'own_words_half')} points less in `all`, within",
+        f"| {points('stage2', 'neighbours')} points less in `all` |",
+    ):
+        assert words in read("README.md"), words
+
+
 def test_the_kernel_tables_are_those_of_the_stored_run():
     result = read_result("bench_kl_cpu")
     accuracy = accuracy_table(result["accuracy"])
