@@ -100,11 +100,13 @@ def test_a_killed_command_keeps_what_it_has_finished(trained, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablation.stage3_mm_instruct, "main", killed)
-    part = ["--out", "runs", "--seeds", "3408", "--variants", "stage2", "stage3"]
+    part = ["--out", "runs", "--seeds", "3408", "--variants"]
     with pytest.raises(KeyboardInterrupt):
-        ablation.main([*part, "--trials", "--lr 4e-3"])
-    assert set(ablation.stored()["runs"]["3408"]) == {"stage1", "stage2"}
+        ablation.main([*part, "stage3", "--trials", "--lr 4e-3"])
     assert set(ablation.stored()["trials"]) == {"--lr 4e-3"}
+    with pytest.raises(KeyboardInterrupt):
+        ablation.main([*part, "stage2", "stage3", "--trials"])
+    assert set(ablation.stored()["runs"]["3408"]) == {"stage1", "stage2"}
 
 
 def test_no_other_seeds(trained):
