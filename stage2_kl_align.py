@@ -306,9 +306,9 @@ def write_log(args, device, numbers):
 
 # --------------------------------------------------------------------------------------------------
 # The textbook: the equations as they stand, but for z_s, which comes from a difference, see (5);
-# the gradient by autograd.  It is what runs on a CPU,
-# and what the kernel further down has to equal.  Its values lose 1e-7 nats a token to rounding, so
-# a KL of that size is noise in the log; the gradient keeps three digits even there.
+# the gradient by autograd.  It is what runs on a CPU, and what the kernel further down has to
+# equal.  Its values lose 1e-7 nats a token to rounding, so a KL of that size is noise in the log;
+# the gradient keeps three digits even there.
 
 CHUNK_ELEMENTS = 2 ** 19  # rows x V of a chunk: 2 MB a tensor, which stays in a CPU's caches
 MIN_ROWS = 128  # of a chunk: each reads all of W

@@ -120,6 +120,7 @@ def folder_of(folder, group, name):
 
 
 def train_and_mark(module, flags, out, data):
+    """Run a stage into `out` and mark it on the test problems of `data`; both once only."""
     if not os.path.exists(os.path.join(out, "eval.json")):
         evaluate = [] if module is stage1_text_sft else ["--no-evaluate"]
         module.main([*flags, *evaluate, "--out", out])
@@ -133,16 +134,19 @@ def main(argv=None):
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--trials", nargs="*", default=TRIALS, choices=TRIALS)
     args = parser.parse_args(argv)
+
+    # The file is written after every run: what is killed keeps what it has.
     for setting in args.trials:
         try_setting(setting, SEEDS[0], args.out)
         collect(args.out)
     for seed in args.seeds:
         for name in args.variants:
             run(name, seed, args.out)
-            collect(args.out)  # after every run: what is killed keeps what it has
+            collect(args.out)
+
     result = collect(args.out)
     print(trials_table(result["trials"]))
-    print(markdown(result["runs"]))
+    print(runs_table(result["runs"]))
     print(differences_table(result["runs"]))
     draw_differences(result["runs"], PICTURE)
 
@@ -168,11 +172,14 @@ def collect(folder):
         for name in VARIANTS:
             add_marks(runs, folder, seed, name)
 
+    result["from_other_base"] = OTHER_BASE
     result["command"] = "python tests/ablation.py"
     result["date"] = time.strftime("%Y-%m-%d")
     result["torch"] = torch.__version__
     result["machine"] = f"{torch.get_num_threads()} CPU threads a run, {platform.machine()}"
-    part = f"{RESULTS}.{os.getpid()}"  # others may run another part, and read
+
+    # Renamed when complete: another process, at another part, may be reading.
+    part = f"{RESULTS}.{os.getpid()}"
     with open(part, "w") as f:
         json.dump(result, f, indent=1)
     os.replace(part, RESULTS)
@@ -197,7 +204,7 @@ def trials_table(trials):
     return "\n".join(lines)
 
 
-def markdown(runs):
+def runs_table(runs):
     """The README's table: mean over the seeds that have run; if several, lowest and highest."""
     columns = [*LADDER, "ALL", "relative gap"]
     lines = ["| | seeds | " + " | ".join(columns) + " |", "|---|--:|" + "--:|" * len(columns)]
@@ -227,14 +234,16 @@ def points_of(runs, name, other, key):
 
 def difference(points):
     """{seed: points} -> (mean, half a 95 % interval); the half is None for a single seed"""
-    mean = statistics.mean(points.values())
     n = len(points)
+    mean = statistics.mean(points.values())
     if n == 1:
         return mean, None
-    return mean, T_QUANTILES[n] * statistics.stdev(points.values()) / n ** 0.5
+    standard_error = statistics.stdev(points.values()) / n ** 0.5
+    return mean, T_QUANTILES[n] * standard_error
 
 
-def in_words(points):
+def with_interval(points):
+    """{seed: points} -> "+1.5 [+1.0, +2.0]" """
     mean, half = difference(points)
     interval = "" if half is None else f" [{mean - half:+.1f}, {mean + half:+.1f}]"
     return f"{mean:+.1f}{interval}"
@@ -251,7 +260,7 @@ def differences_table(runs):
              "|---|---|--:|" + "--:|" * len(COLUMNS)]
     for name, other in compared(runs):
         n = len(points_of(runs, name, other, "all"))
-        cells = [in_words(points_of(runs, name, other, key)) for key in COLUMNS]
+        cells = [with_interval(points_of(runs, name, other, key)) for key in COLUMNS]
         lines.append(f"| `{name}` | `{other}` | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -281,7 +290,7 @@ def draw_differences(runs, path):
         points_by_seed = points_of(runs, name, other, "all")
         mean, half = difference(points_by_seed)
         draw.text((20, y - 8), f"{name} - {other}", "black")
-        draw.text((700, y - 8), in_words(points_by_seed), "black")
+        draw.text((700, y - 8), with_interval(points_by_seed), "black")
         draw.text((880, y - 8), f"n = {len(points_by_seed)}", "black", anchor="ra")
         if abs(mean) > 12:
             draw.text((x_of(mean), y), "<" if mean < 0 else ">", "#1f3d63", anchor="mm")

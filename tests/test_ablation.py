@@ -15,7 +15,7 @@ def marks(correct):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Stages check their flags and train nothing. -> [(out, init, flags of a run)], in order"""
+    """Stages check their flags and train nothing. -> [flags of a run], in order"""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation, "RESULTS", "results.json")
     monkeypatch.setattr(ablation, "PICTURE", "picture.png")
@@ -23,8 +23,7 @@ def trained(tmp_path, monkeypatch):
 
     def stands_in_for(module):
         def main(line):
-            args = module.parse_args(line)
-            runs.append((args.out, args.init, args))
+            runs.append(module.parse_args(line))
         monkeypatch.setattr(module, "main", main)
 
     for module in (ablation.stage1_text_sft, ablation.stage2_kl_align, ablation.stage3_mm_instruct):
@@ -44,17 +43,17 @@ def test_parents_come_first_and_nothing_is_trained_twice(trained):
     part = ["--out", "runs", "--trials", "--seeds", "3408", "--variants", "stage3"]
     ablation.main(part)
     ablation.main(part)
-    assert [(out, init) for out, init, _ in trained] == [
+    assert [(args.out, args.init) for args in trained] == [
         ("runs/3408/stage1", "tiny"),
         ("runs/3408/stage2", "runs/3408/stage1"),
         ("runs/3408/stage3", "runs/3408/stage2"),
     ]
-    assert all(args.seed == 3408 for _, _, args in trained)
+    assert all(args.seed == 3408 for args in trained)
 
 
 def test_two_of_the_seeds_start_from_the_other_base(trained):
     ablation.main(["--out", "runs", "--trials", "--variants", "stage1", "without_stage1"])
-    starts = {out: init for out, init, _ in trained}
+    starts = {args.out: args.init for args in trained}
     for name in ("stage1", "without_stage1"):
         assert [starts[f"runs/{seed}/{name}"] for seed in ablation.SEEDS] == [
             "tiny", "tiny", "tiny", "out/base1", "out/base1"]
@@ -62,8 +61,8 @@ def test_two_of_the_seeds_start_from_the_other_base(trained):
 
 def test_every_variant_and_setting_has_flags_that_its_stage_takes(trained):
     ablation.main(["--out", "runs", "--seeds", "3411"])
-    one = 1  # seed 3407's stage 1, where all trials start
-    assert len(trained) == len(ablation.TRIALS) + one + len(ablation.VARIANTS)
+    # 1: stage 1 of seed 3407, where all trials start
+    assert len(trained) == len(ablation.TRIALS) + 1 + len(ablation.VARIANTS)
     result = ablation.stored()
     assert list(result["runs"]["3411"]) == list(ablation.VARIANTS)
     assert all(run["data"] == "data" for run in result["runs"]["3411"].values())
@@ -125,8 +124,8 @@ def test_paired_differences_by_hand():
     mean, half = ablation.difference(points)
     assert mean == pytest.approx(-3)
     assert half == pytest.approx(12.71 * 2 ** 0.5 / 2 ** 0.5)  # deviation sqrt(2), two seeds
-    assert ablation.in_words(points) == "-3.0 [-15.7, +9.7]"
-    assert ablation.in_words({"1": -2.0}) == "-2.0"
+    assert ablation.with_interval(points) == "-3.0 [-15.7, +9.7]"
+    assert ablation.with_interval({"1": -2.0}) == "-2.0"
     assert ablation.compared(runs) == [("ce_only", "stage2")]
 
 
@@ -140,7 +139,7 @@ def test_the_table_of_runs_by_hand():
         for result in run.values():
             result["versions"] = {v: {"correct": 3, "n": 4} for v in ablation.LADDER}
             result["relative_gap"] = None
-    header, _, *rows = ablation.markdown(runs).split("\n")
+    header, _, *rows = ablation.runs_table(runs).split("\n")
     assert header.startswith("| | seeds | text_only |") and header.endswith("ALL | relative gap |")
     assert rows[0] == "| `stage1` | 1 | " + "75.0 | " * 6 + "10.0 | nan |"
     assert rows[1].startswith("| `stage2` | 2 | 75.0 (75.0 - 75.0) | ")

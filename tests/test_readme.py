@@ -147,7 +147,7 @@ def test_the_tables_of_variants_are_those_of_the_stored_runs():
     runs = read_result("ablation")["runs"]
     text = ablation.trials_table(read_result("ablation")["trials"])
     assert f"<!-- trials -->\n{text}\n<!-- /trials -->" in read("README.md")
-    text = ablation.markdown(runs)
+    text = ablation.runs_table(runs)
     assert f"<!-- ablation -->\n{text}\n<!-- /ablation -->" in read("README.md")
     text = ablation.differences_table(runs)
     assert f"<!-- differences -->\n{text}\n<!-- /differences -->" in read("README.md")
@@ -166,8 +166,8 @@ def test_numbers_in_sentences_are_those_of_the_stored_runs():
         return f"{sum(values) / len(values):.1f}"
 
     three = ("3407", "3408", "3409")
-    own = ablation.in_words(ablation.points_of(runs, "own_words_all", "stage2", "all"))
-    later = ablation.in_words(ablation.points_of(runs, "then_100_own_words", "then_100", "all"))
+    own = ablation.points_of(runs, "own_words_all", "stage2", "all")
+    later = ablation.points_of(runs, "then_100_own_words", "then_100", "all")
     for words in (
         f"adds {points('stage2', 'ce_only')} points in `all`, "
         f"{points('stage2', 'ce_only', 'vision_dominant')} on `vision_dominant`",
@@ -177,7 +177,8 @@ def test_numbers_in_sentences_are_those_of_the_stored_runs():
         f"tuned {points('stage3_without_stage2', 'stage3_tuned')}.",
         f"without it, {float(points('stage2', 'without_stage1')):.0f} points less",
         f"`neighbours` loses {points('stage2', 'neighbours')} points",
-        f"{own} points in `all` over four seeds, undecided; in the last 100 steps only: {later}.",
+        f"{ablation.with_interval(own)} points in `all` over four seeds, undecided; "
+        f"in the last 100 steps only: {ablation.with_interval(later)}.",
         f"frozen; {level('ce_only', 'vision_dominant')}, against "
         f"{level('stage2', 'vision_dominant')}<",
         f">{level('neighbours')}, against {level('stage2')}: that teacher",

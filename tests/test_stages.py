@@ -23,6 +23,7 @@ from helpers import (LONG, ROOT, STAGES, TINY, batch_of, cross_entropy, distance
                      labels_of, metrics, pair, row, save_picture, takes_ctrl_c, train, weights,
                      write_rows)
 
+
 def source(stage):
     with open(STAGES[stage].__file__, encoding="utf-8") as f:
         return f.read()
